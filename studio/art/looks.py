@@ -1,0 +1,126 @@
+"""Procedural looks: held-out styles whose true picture is known for every concept.
+
+A look redraws a sprite (straight-alpha RGBA) and may replace the background. Six pictures can teach one, because it is a rule
+and not another draughtsman's hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+PHRASES: dict[str, str] = {
+    "pixel": "pixel art",
+    "blueprint": "blueprint drawing",
+    "neon": "neon outline",
+    "hatch": "sepia hatching",
+    "halftone": "halftone print",
+    "pastel": "pastel poster",
+}
+"""Look -> its words, for people; captions of training pictures use a trigger instead."""
+
+
+def apply_look(look: str, rgba: np.ndarray) -> np.ndarray:
+    """Redraw a sprite ``[h, w, 4]`` uint8 (straight alpha) in ``look``; same shape."""
+    from studio.art.atlas import known
+
+    return _LOOKS[known(look, PHRASES, "look")](rgba)
+
+
+def look_background(look: str, base: np.ndarray) -> np.ndarray:
+    """The background a look brings, given the scene's own ``[s, s, 3]`` uint8."""
+    side = base.shape[0]
+    if look == "blueprint":
+        paper = np.full_like(base, (24, 66, 150))
+        paper[::8], paper[:, ::8] = (52, 96, 178), (52, 96, 178)
+        return paper
+    plain = {"neon": (16, 10, 34), "hatch": (244, 230, 200), "halftone": (250, 244, 224)}.get(look)
+    if plain is not None:
+        return np.full((side, side, 3), plain, np.uint8)
+    return _posterise(base) if look == "pastel" else base
+
+
+def _luminance(rgba: np.ndarray) -> np.ndarray:
+    """Luma over white, ``[h, w]`` in 0..1."""
+    alpha = rgba[..., 3:] / 255.0
+    over_white = rgba[..., :3] / 255.0 * alpha + (1 - alpha)
+    return over_white @ np.array([0.299, 0.587, 0.114])
+
+
+def _edges(rgba: np.ndarray) -> np.ndarray:
+    """Edge strength of luma and alpha, ``[h, w]`` in 0..1."""
+    padded = np.pad(np.stack([_luminance(rgba), rgba[..., 3] / 255.0], -1), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    padded[[0, -1], :, 1] = padded[:, [0, -1], 1] = 0
+    dy, dx = padded[2:, 1:-1] - padded[:-2, 1:-1], padded[1:-1, 2:] - padded[1:-1, :-2]
+    return np.clip(np.hypot(dy, dx).max(-1) * 1.6, 0, 1)
+
+
+def _with_alpha(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.clip(rgb, 0, 255).round().astype(np.uint8), alpha[..., None].astype(np.uint8)], -1)
+
+
+def _mix(amount: np.ndarray, on: tuple[int, int, int], off: tuple[int, int, int]) -> np.ndarray:
+    return amount[..., None] * np.array(on) + (1 - amount[..., None]) * np.array(off)
+
+
+def _pixel(rgba: np.ndarray) -> np.ndarray:
+    """12 cells along the longer side, a palette of 12 colours, hard alpha."""
+    from studio.art.atlas import resize
+
+    height, width = rgba.shape[:2]
+    scale = 12 / max(height, width)
+    small = resize(rgba, max(round(height * scale), 1), max(round(width * scale), 1))
+    palette = Image.fromarray(small[..., :3]).quantize(12, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    cells = _with_alpha(np.asarray(palette.convert("RGB")), np.where(small[..., 3] > 110, 255, 0))
+    return np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _blueprint(rgba: np.ndarray) -> np.ndarray:
+    return _with_alpha(_mix(_edges(rgba), (240, 246, 255), (24, 66, 150)), rgba[..., 3])
+
+
+def _neon(rgba: np.ndarray) -> np.ndarray:
+    colours = rgba[..., :3].astype(float)
+    top, low = colours.max(-1, keepdims=True), colours.min(-1, keepdims=True)
+    vivid = np.where(top - low > 24, (colours - low) / np.maximum(top - low, 1) * 255, np.array([90.0, 255.0, 240.0]))
+    edges = _edges(rgba)[..., None]
+    return _with_alpha(edges * vivid + (1 - edges) * np.array([16.0, 10.0, 34.0]), rgba[..., 3])
+
+
+def _hatch(rgba: np.ndarray) -> np.ndarray:
+    height, width = rgba.shape[:2]
+    y, x = np.mgrid[0:height, 0:width]
+    dark = 1 - _luminance(rgba)
+    ink = ((x + y) % 4 < np.clip(dark * 4.2, 0, 3)) * 0.75
+    ink = np.maximum(ink, _edges(rgba))
+    return _with_alpha(_mix(ink, (92, 56, 24), (244, 230, 200)), rgba[..., 3])
+
+
+def _halftone(rgba: np.ndarray) -> np.ndarray:
+    height, width = rgba.shape[:2]
+    y, x = np.mgrid[0:height, 0:width]
+    radius = np.sqrt(np.clip(1 - _luminance(rgba), 0, 1)) * 2.6
+    inside = np.clip(radius - np.hypot((x % 4) - 1.5, (y % 4) - 1.5) + 0.5, 0, 1)
+    ink = np.maximum(inside, (_edges(rgba) > 0.75) * 0.8)
+    return _with_alpha(_mix(ink, (196, 24, 84), (250, 244, 224)), rgba[..., 3])
+
+
+def _posterise(rgb: np.ndarray) -> np.ndarray:
+    levels = np.round(rgb / 255.0 * 3) / 3
+    return np.clip((0.45 * levels + 0.55) * 255, 0, 255).round().astype(np.uint8)
+
+
+def _pastel(rgba: np.ndarray) -> np.ndarray:
+    return _with_alpha(_posterise(rgba[..., :3]), rgba[..., 3])
+
+
+_LOOKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "pixel": _pixel,
+    "blueprint": _blueprint,
+    "neon": _neon,
+    "hatch": _hatch,
+    "halftone": _halftone,
+    "pastel": _pastel,
+}

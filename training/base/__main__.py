@@ -1,0 +1,89 @@
+"""``python -m training.base PART``: train a part of the embedded base. ``accelerate launch`` runs it on several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from training.base.loop import Run, train
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+Work = Annotated[Path, typer.Option(help="Folder of checkpoints, outside version control.")]
+Minutes = Annotated[float, typer.Option(help="Stop this sitting after so many minutes; run again to go on.")]
+
+
+@app.callback()
+def parts() -> None:
+    """Train the parts of the embedded base, in the order vae, text, unet."""
+
+
+@app.command()
+def vae(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 500_000, channels: int = 8, batch: int = 32) -> None:
+    """Step 1: the VAE."""
+    from training.base import vae as part
+
+    torch.manual_seed(0)
+    run = Run(work=work, name=f"vae{channels}", items=items, batch=batch, rate=4e-3, adam_rate=1.5e-3, minutes=minutes, weight_decay=0.0)
+    model = part.Objective(part.build(channels))
+    average = train(model, lambda step, rank: part.batch_at(step, rank, batch, part.CROP), run)
+    model.load_state_dict(average)
+    print(part.scores(model.vae.eval()))
+
+
+@app.command()
+def text(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 150_000, batch: int = 64) -> None:
+    """Step 2: the text side."""
+    from training.base import text as part
+    from training.base.data import Mixture
+
+    torch.manual_seed(1)
+    words = part.tokenizer()
+    model = part.Objective(part.build(len(words), words.bos_token_id, words.eos_token_id))
+    run = Run(work=work, name="text", items=items, batch=batch, rate=3e-3, adam_rate=1e-3, minutes=minutes, warmup=50, weight_decay=0.01)
+    mixture = Mixture(named_a=0.4, named_b=0.4)
+    average = train(model, lambda step, rank: part.batch_at(step, rank, batch, mixture), run)
+    model.load_state_dict(average)
+    print(part.scores(model.eval()))
+
+
+@app.command()
+def unet(
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: single subjects on 32 x 32; 2: whole scenes.")],
+    work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 300_000, batch: int = 64, rate: float = 2e-3, channels: int = 8,
+) -> None:  # fmt: skip
+    """Step 3: the UNet, on latents and caption states of the finished parts."""
+    from accelerate import PartialState
+
+    from training.base import assemble, checkpoint
+    from training.base import unet as part
+    from training.base.data import Mixture
+
+    torch.manual_seed(2)
+    vae, text = assemble.load_vae(work, channels), assemble.load_text(work)
+    model = part.Objective(part.build(channels))
+    run = Run(
+        work=work, name=f"unet{stage}", items=items, batch=batch, rate=rate, adam_rate=rate / 3, minutes=minutes,
+        final_rate=0.5 if stage == 1 else 0.02, ema=0.998 if stage == 1 else 0.9985, weight_decay=0.01,
+    )  # fmt: skip
+    if stage == 2 and not checkpoint.exists(run.folder):
+        groups, _ = checkpoint.load(work / "unet1")
+        model.load_state_dict(groups["ema"])
+    mixture = Mixture(named_a=0.6, named_b=0.22, side=32 if stage == 1 else 64)
+    pool = part.Pool(vae, text, mixture, vae.config.scaling_factor)
+    train(model, part.batch_source(pool, batch, PartialState().num_processes), run)
+
+
+@app.command()
+def save(out: Path, work: Work = Path("work"), part: str = "unet2", name: str = "base-0", channels: int = 8) -> None:
+    """Put the parts trained so far into a stock diffusers folder OUT."""
+    from training.base import assemble
+
+    models = assemble.load_vae(work, channels), assemble.load_text(work), assemble.load_unet(work, part, channels)
+    print(assemble.save(assemble.pipeline(*models), out, name))
+
+
+if __name__ == "__main__":
+    app()

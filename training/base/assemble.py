@@ -1,0 +1,98 @@
+"""Put the trained parts into a stock diffusers folder that ``StableDiffusionPipeline.from_pretrained`` loads with no code of ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from training.base import checkpoint, text, unet, vae
+
+WEIGHT_FILES = ("unet", "text_encoder", "vae")
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=unet.TRAIN_STEPS, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+    )  # fmt: skip
+
+
+def part_weights(work: Path, name: str, prefix: str) -> dict[str, Tensor]:
+    """The averaged weights of one trained part, without the objective's own modules."""
+    groups, _ = checkpoint.load(work / name)
+    return {k[len(prefix) :]: v for k, v in groups["ema"].items() if k.startswith(prefix)}
+
+
+def load_vae(work: Path, channels: int = 8) -> AutoencoderKL:
+    """The trained VAE, its ``scaling_factor`` set so that scaled latents have unit deviation."""
+    model = vae.build(channels)
+    model.load_state_dict(part_weights(work, f"vae{channels}", "vae."))
+    model.eval()
+    model.register_to_config(scaling_factor=round(1 / vae.scores(model)["std"], 5))
+    return model
+
+
+def load_text(work: Path) -> CLIPTextModel:
+    words = text.tokenizer()
+    model = text.build(len(words), words.bos_token_id, words.eos_token_id)
+    model.load_state_dict(part_weights(work, "text", "text."))
+    return model.eval()
+
+
+def load_unet(work: Path, name: str, channels: int = 8) -> UNet2DConditionModel:
+    model = unet.build(channels)
+    model.load_state_dict(part_weights(work, name, "unet."))
+    return model.eval()
+
+
+def pipeline(vae_model: AutoencoderKL, text_model: CLIPTextModel, unet_model: UNet2DConditionModel) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae_model, text_encoder=text_model, tokenizer=text.tokenizer(), unet=unet_model, scheduler=scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the sha256 of every weight file of the base, in the order of :data:`WEIGHT_FILES`."""
+    digest = hashlib.sha256()
+    for part in WEIGHT_FILES:
+        for path in sorted((folder / part).glob("*.safetensors")):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def save(pipe: StableDiffusionPipeline, folder: Path, name: str, facts: dict[str, Any] | None = None) -> str:
+    """Write ``pipe`` in half precision; returns the base's hash.
+
+    The stock loader brings UNet and VAE back as fp32 but would leave a half-precision text encoder in fp16, and the first matrix product
+    would fail: so its config says float32 over the fp16 file.
+    """
+    half = {part: getattr(pipe, part) for part in WEIGHT_FILES}
+    for module in half.values():
+        module.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for module in half.values():
+        module.float()
+    config = folder / "text_encoder" / "config.json"
+    content = json.loads(config.read_text("utf-8"))
+    content.pop("torch_dtype", None)
+    config.write_text(json.dumps({**content, "dtype": "float32"}, indent=2) + "\n", "utf-8")
+    digest = weights_hash(folder)
+    record = {"name": name, "family": "embedded", "sha256": digest, **(facts or {})}
+    (folder / "studio.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    return digest
+
+
+def random_base(folder: Path, channels: int = 8, seed: int = 0) -> str:
+    """A base of the real shape with random weights, for development."""
+    torch.manual_seed(seed)
+    words = text.tokenizer()
+    parts = vae.build(channels), text.build(len(words), words.bos_token_id, words.eos_token_id), unet.build(channels)
+    return save(pipeline(*parts), folder, "base-random")
