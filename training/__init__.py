@@ -1,1 +1,28 @@
+"""Training: losses and loops on accelerate. Importing this room is light; torch comes with the first training."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.concept import TrainResult, train_concept
+    from training.config import ConceptConfig, load_config, make_config
+    from training.plan import Description, describe
+
+__all__ = ["ConceptConfig", "Description", "TrainResult", "describe", "load_config", "make_config", "train_concept"]
+_HOMES = {
+    "ConceptConfig": "config",
+    "Description": "plan",
+    "TrainResult": "concept",
+    "describe": "plan",
+    "load_config": "config",
+    "make_config": "config",
+    "train_concept": "concept",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'training' has no attribute '{name}'")
+    return getattr(import_module(f"training.{_HOMES[name]}"), name)

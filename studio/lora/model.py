@@ -1,7 +1,7 @@
 """What a LoRA is once read, whatever trainer wrote it: weight deltas by module name.
 
-Keys are ``unet.<path>``, ``text_encoder.<path>`` or ``text_encoder_2.<path>`` with diffusers' UNet module names and the flat text-encoder
-names of transformers 5. A delta never knows how it is applied; that is ``compose.bank``'s business.
+Keys are ``unet.<path>``, ``text_encoder.<path>`` or ``text_encoder_2.<path>`` with diffusers' UNet module names and the flat
+text-encoder names of transformers 5. A delta never knows how it is applied; that is ``compose.bank``'s business.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class LoraDelta:
 class LohaDelta:
     """``dW = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b)``, a Hadamard product (FedPara, Hyeon-Woo et al., 2022).
 
-    ``w*_a [out, r]``, ``w*_b [r, in * kh * kw]``; with Tucker cores ``t1, t2 [r, r, kh, kw]`` for convolutions, where ``w*_b`` is ``[r, in]``.
+    ``w*_a [out, r]``, ``w*_b [r, in * kh * kw]``; with Tucker cores ``t1, t2 [r, r, kh, kw]`` for convolutions, where
+    ``w*_b`` is ``[r, in]``.
     """
 
     w1_a: Tensor
@@ -67,7 +68,8 @@ class LohaDelta:
 
 @dataclass(frozen=True, eq=False)
 class LokrDelta:
-    """``dW = scale * kron(w1, w2)`` (LyCORIS LoKr); ``w1``/``w2`` are given whole, already multiplied out of their low-rank parts.
+    """``dW = scale * kron(w1, w2)`` (LyCORIS LoKr); ``w1``/``w2`` are given whole, already multiplied out of their low-rank
+    parts.
 
     ``scale`` is ``alpha / r`` when a part was low-rank, else 1.
     """
@@ -79,7 +81,8 @@ class LokrDelta:
 
 @dataclass(frozen=True, eq=False)
 class DoraDelta:
-    """DoRA in the forms :class:`LoraDelta` cannot hold: over a LoHa or LoKr, or with the norm taken per *input* channel, as early LyCORIS did.
+    """DoRA in the forms :class:`LoraDelta` cannot hold: over a LoHa or LoKr, or with the norm taken per *input* channel, as
+    early LyCORIS did.
 
     ``dW = m * V / |V| - W`` with ``V = W + dW_inner`` and ``|V|`` over all axes but ``axis``. Needs ``W``: see ``dense``.
 

@@ -73,7 +73,7 @@ def unet(
         model.load_state_dict(groups["ema"])
     mixture = Mixture(named_a=0.6, named_b=0.22, side=32 if stage == 1 else 64)
     pool = part.Pool(vae, text, mixture, vae.config.scaling_factor)
-    train(model, part.batch_source(pool, batch, PartialState().num_processes), run)
+    train(model, part.batch_source(pool, batch, PartialState(cpu=not torch.cuda.is_available()).num_processes), run)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from studio.art.scenes import Placement, Scene, render, sample_scene
 CROP = 32
 CHROMA = 2.5
 GRADIENT = 0.5
-KL = 1e-5
+KL = 1e-6
 
 
 def build(latent_channels: int = 8) -> AutoencoderKL:

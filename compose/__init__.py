@@ -1,0 +1,48 @@
+"""What acts inside one forward, and the loop around it. Importing this room imports no torch: names come on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compose.bank import Adapter, LoraBank
+    from compose.denoise import Method, denoise
+    from compose.schedulers import SAMPLERS
+    from compose.text import encode, encode_pair
+
+__all__ = ["METHODS", "SAMPLERS", "Adapter", "LoraBank", "Method", "denoise", "encode", "encode_pair", "method_named"]
+
+_HOME = {
+    "Adapter": "compose.bank",
+    "LoraBank": "compose.bank",
+    "Method": "compose.denoise",
+    "denoise": "compose.denoise",
+    "SAMPLERS": "compose.schedulers",
+    "encode": "compose.text",
+    "encode_pair": "compose.text",
+}
+
+METHODS = {"merge": ("compose.merge", "Merge")}
+"""Composition methods by name: module and class."""
+
+
+def method_named(name: str) -> Method:
+    """A fresh composition method.
+
+    Raises:
+        UnknownNameError: no such method.
+    """
+    from studio.errors import UnknownNameError
+
+    if name not in METHODS:
+        raise UnknownNameError("method", name, METHODS)
+    module, cls = METHODS[name]
+    made: Method = getattr(import_module(module), cls)()
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'compose' has no attribute '{name}'")

@@ -1,0 +1,309 @@
+"""The one routed LoRA layer: adapters stay un-merged and stacked, and a route says how much of which acts where and when.
+
+    y = W x + sum_k r_k * w_k * delta_k(x),      delta_k(x) = s_k B_k A_k x   for a LoRA (Hu et al., 2021, eq. 3)
+
+``r`` is the route (:mod:`compose.routes`), ``w`` the request's weight, ``s = alpha / rank``. While ``r`` does not depend on
+the output channel, all LoRAs of a layer are one thin product: memory K * rank wide, never K * d_out. DoRA, LoHa and LoKr act
+through their dense ``dW``; a DoRA's strength interpolates between the base weight and the decomposed one. Base weights are
+never touched; on exit everything is as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compose.routes import Grid, Kind, Route, Site, check, constant, is_constant, shaped, site_of
+from studio.errors import LoraFileError, RequestError, WrongBaseError
+from studio.lora.model import Delta, Lora, LoraDelta
+
+if TYPE_CHECKING:
+    from studio.base import Base
+
+Layer = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One LoRA of a request: its name for messages, what was read, and its weight."""
+
+    name: str
+    lora: Lora
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One LoRA's rows ``start:stop`` in the thin stack of a layer; ``scale`` = weight * alpha / rank."""
+
+    index: int
+    start: int
+    stop: int
+    scale: float
+
+
+@dataclass(eq=False)
+class Stack:
+    """All deltas on one layer. ``down [R, in, ...]`` and ``up [R, out]`` hold the low-rank ones one after the other."""
+
+    site: Site
+    module: Layer
+    count: int
+    pieces: list[Piece] = field(default_factory=list)
+    down: Tensor | None = None
+    up: Tensor | None = None
+    dense: list[tuple[int, float, Tensor]] = field(default_factory=list)
+    kept: tuple[tuple[float, ...], Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, site: Site, module: Layer, found: Sequence[tuple[int, float, Delta]], count: int) -> Stack:
+        """Stack the deltas ``(index of the LoRA, weight, delta)`` of one layer, in the layer's device and precision."""
+        from studio.lora.dense import dense
+
+        stack = cls(site, module, count)
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        weight = module.weight
+        used = 0
+        for index, strength, delta in found:
+            if isinstance(delta, LoraDelta) and delta.magnitude is None and delta.up[0, 0].numel() == 1:
+                stack.pieces.append(Piece(index, used, used + delta.rank, strength * delta.scale))
+                used += delta.rank
+                downs.append(delta.down.reshape(delta.rank, *weight.shape[1:]).to(weight))
+                ups.append(delta.up.flatten(1).T.to(weight))
+            else:
+                full = dense(delta, weight.detach().float().cpu()).reshape(weight.shape)
+                stack.dense.append((index, strength, full.to(weight)))
+        if downs:
+            stack.down, stack.up = torch.cat(downs).contiguous(), torch.cat(ups).contiguous()
+        return stack
+
+    def follow(self, x: Tensor) -> None:
+        """Move with the layer: offloading may run it elsewhere than where it was attached."""
+        if self.down is not None and self.up is not None and (self.down.device, self.down.dtype) != (x.device, x.dtype):
+            self.down, self.up, self.kept = self.down.to(x), self.up.to(x), None
+        self.dense = [(k, w, d if (d.device, d.dtype) == (x.device, x.dtype) else d.to(x)) for k, w, d in self.dense]
+
+    def through(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` through ``weight`` with the geometry of this layer, without bias."""
+        if isinstance(self.module, nn.Conv2d):
+            return F.conv2d(x, weight, None, self.module.stride, self.module.padding, self.module.dilation, self.module.groups)
+        return F.linear(x, weight)
+
+    def lift(self, base: Tensor, thin: Tensor, up: Tensor) -> Tensor:
+        """``base + thin @ up``, over the channel axis of this layer."""
+        if self.site.kind is Kind.CONV:
+            return base + F.conv2d(thin, up.T[:, :, None, None])
+        return torch.addmm(base.flatten(0, -2), thin.flatten(0, -2), up).view_as(base)
+
+    def thin_pair(self, weights: Sequence[float]) -> tuple[Tensor, Tensor] | None:
+        """``(down, up)`` of the LoRAs with a weight, the weights multiplied into ``up``; kept until the weights change."""
+        key = tuple(weights)
+        if self.kept is None or self.kept[0] != key:
+            live = [p for p in self.pieces if key[p.index] != 0]
+            if not live or self.down is None or self.up is None:
+                return None
+            start, stop = live[0].start, live[-1].stop
+            factor = [p.scale * key[p.index] for p in self.pieces for _ in range(p.start, p.stop)][start:stop]
+            up = self.up[start:stop] * torch.tensor(factor).to(self.up)[:, None]
+            self.kept = (key, self.down[start:stop], up)
+        return self.kept[1:]
+
+    def add_constant(self, base: Tensor, x: Tensor, weights: Sequence[float]) -> Tensor:
+        """``base`` plus the deltas with one weight per LoRA; LoRAs of weight 0 cost nothing."""
+        pair = self.thin_pair(weights)
+        if pair is not None:
+            base = self.lift(base, self.through(x, pair[0]), pair[1])
+        for index, strength, full in self.dense:
+            if weights[index] != 0:
+                base = base + self.through(x, full) * (strength * weights[index])
+        return base
+
+    def add_routed(self, base: Tensor, x: Tensor, route: Tensor) -> Tensor:
+        """``base`` plus the deltas under a route shaped for this layer, equal over output channels: ``[..., 1, ..., k]``."""
+        if self.pieces and self.down is not None and self.up is not None:
+            owner = [p.index for p in self.pieces for _ in range(p.start, p.stop)]
+            scale = torch.tensor([p.scale for p in self.pieces for _ in range(p.start, p.stop)], device=x.device, dtype=x.dtype)
+            thin_route = route[..., owner] * scale
+            # The rank takes the place of the channel axis.
+            thin_route = thin_route[:, 0].movedim(-1, 1) if self.site.kind is Kind.CONV else thin_route.squeeze(-2)
+            base = self.lift(base, self.through(x, self.down) * thin_route, self.up)
+        for index, strength, full in self.dense:
+            base = base + self.through(x, full) * (route[..., index] * strength)
+        return base
+
+    def deltas(self, x: Tensor, out: tuple[int, ...]) -> Tensor:
+        """Every LoRA's weighted delta, ``[*out, K]``; zero where a LoRA does not touch this layer."""
+        wide = x.new_zeros((*out, self.count))
+        for p in self.pieces:
+            if self.down is not None and self.up is not None:
+                thin = self.through(x, self.down[p.start : p.stop])
+                wide[..., p.index] = self.lift(x.new_zeros(out), thin, self.up[p.start : p.stop]) * p.scale
+        for index, strength, full in self.dense:
+            wide[..., index] = self.through(x, full) * strength
+        return wide
+
+    def add(self, base: Tensor, x: Tensor, route: Route, weights: Sequence[float] | None, grid: Grid | None) -> Tensor:
+        """``base`` plus what the route lets through."""
+        self.follow(x)
+        if weights is not None:
+            return self.add_constant(base, x, weights)
+        if callable(route):
+            deltas = self.deltas(x, tuple(base.shape))
+            return base + (route(base, deltas, self.site) * deltas).sum(-1)
+        if grid is None:
+            raise RuntimeError("a route that changes with place or row needs the grid of the forward: call bank.at(grid) first")
+        mine = shaped(route, self.site, tuple(base.shape), grid).to(x)
+        if route.shape[4] == 1:
+            return self.add_routed(base, x, mine)
+        return base + (mine * self.deltas(x, tuple(base.shape))).sum(-1)
+
+
+class LoraBank:
+    """Attach adapters to models for the length of a ``with`` block.
+
+    Args:
+        models: modules by the first part of LoRA keys (``unet``, ``text_encoder``, ...).
+        adapters: the K LoRAs of a request. Those of weight 0 are checked and then left out.
+        family: of the base, "" when unknown.
+        base_sha256: of the base's weights, "" when unknown.
+
+    Attributes after entering:
+        notes: sentences for the user. matched: layers attached per adapter name.
+
+    Raises on entering (nothing is attached then):
+        RequestError: a model carries PEFT layers.
+        WrongBaseError: a LoRA of another family.
+        LoraFileError: a LoRA does not fit this base completely.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], adapters: Sequence[Adapter], *, family: str = "", base_sha256: str = ""
+    ) -> None:
+        self.models = dict(models)
+        self.adapters = tuple(adapters)
+        self.family, self.base_sha256 = family, base_sha256
+        self.notes: list[str] = []
+        self.matched: dict[str, int] = {}
+        self.grid: Grid | None = None
+        self._attached: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        self._route: Route = constant([1.0] * len(self.adapters))
+        self._weights: list[float] | None = [1.0] * len(self.adapters)
+
+    @classmethod
+    def on(cls, base: Base, adapters: Sequence[Adapter]) -> LoraBank:
+        """A bank for a loaded base."""
+        return cls(base.models(), adapters, family=base.family.name, base_sha256=base.sha256)
+
+    @property
+    def route(self) -> Route:
+        return self._route
+
+    @route.setter
+    def route(self, route: Route) -> None:
+        """Set what acts from the next forward on. The request's weights act on top of it."""
+        self._route = route if callable(route) else check(route, len(self.adapters))
+        constant_now = isinstance(self._route, Tensor) and is_constant(self._route)
+        self._weights = self._route.flatten().tolist() if constant_now else None  # type: ignore[union-attr]
+
+    def at(self, grid: Grid) -> None:
+        """Tell the shape of the next forward."""
+        self.grid = grid
+
+    def __enter__(self) -> Self:
+        if self._attached:
+            raise RuntimeError("this bank is attached already")
+        plan = self._plan()
+        try:
+            for site, module, found in plan:
+                self._attach(Stack.of(site, module, found, len(self.adapters)))
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _plan(self) -> list[tuple[Site, Layer, list[tuple[int, float, Delta]]]]:
+        """What goes where; every check happens here, before anything is attached."""
+        self.notes, self.matched = [], {}
+        for name, model in self.models.items():
+            if self.adapters and carries_peft(model):
+                raise RequestError(
+                    f"the {name} already carries PEFT adapter layers: unload them first, the studio attaches LoRAs itself"
+                )
+        modules = {
+            f"{part}.{path}": module
+            for part, model in self.models.items()
+            for path, module in model.named_modules()
+            if isinstance(module, Layer)
+        }
+        by_layer: dict[str, list[tuple[int, float, Delta]]] = {}
+        for index, adapter in enumerate(self.adapters):
+            self._fits(adapter, modules)
+            if adapter.weight != 0:
+                for key, delta in adapter.lora.layers.items():
+                    by_layer.setdefault(key, []).append((index, adapter.weight, delta))
+        return [(site_of(key, modules[key]), modules[key], found) for key, found in by_layer.items()]
+
+    def _fits(self, adapter: Adapter, modules: Mapping[str, Layer]) -> None:
+        """All layers of a LoRA must have their place, in shape too, or none is attached."""
+        from studio.lora.files import check_against, layer_infos
+        from studio.lora.identity import guess_family
+
+        told = adapter.lora.metadata.get("studio.family", "")
+        if told and self.family and told != self.family:
+            raise WrongBaseError(
+                f"LoRA '{adapter.name}' was trained for the family '{told}', but the base is of the family '{self.family}'"
+            )
+        match = check_against(adapter.lora, {key: tuple(module.weight.shape) for key, module in modules.items()})
+        if not match.complete or not match.total:
+            odd = next(iter((*match.wrong_shape, *match.missing)), "")
+            why = "has another shape there" if match.wrong_shape else "is not there"
+            sentence = f"LoRA '{adapter.name}' does not fit the base: {match}" + (
+                f" (for example '{odd}' {why})" if odd else ""
+            )
+            looks = guess_family(layer_infos(adapter.lora), adapter.lora.metadata)
+            if looks not in ("unknown", self.family):
+                raise WrongBaseError(f"{sentence}; it looks made for the family '{looks}'")
+            raise LoraFileError(f"{sentence}; it was made for another model or a variant of this one")
+        self.matched[adapter.name] = match.total
+        trained_on = adapter.lora.metadata.get("studio.base_sha256", "")
+        if trained_on and self.base_sha256 and trained_on != self.base_sha256:
+            self.notes.append(
+                f"LoRA '{adapter.name}' was trained on another version of the base ({trained_on[:10]}, not "
+                f"{self.base_sha256[:10]}): its effect may be off; train it again on this one for the best result"
+            )
+
+    def _attach(self, stack: Stack) -> None:
+        module = stack.module
+        inner = module.forward
+
+        def routed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            base: Tensor = inner(x, *args, **kwargs)
+            return stack.add(base, x, self._route, self._weights, self.grid)
+
+        self._attached.append((module, module.__dict__.get("forward")))
+        module.forward = routed  # type: ignore[method-assign, assignment]
+
+    def _restore(self) -> None:
+        while self._attached:
+            module, before = self._attached.pop()
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+
+def carries_peft(model: nn.Module) -> bool:
+    """Whether PEFT has replaced layers of ``model``; asks nothing of PEFT when nobody has imported it."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules())

@@ -1,0 +1,19 @@
+"""One call, one result. Importing this room imports no torch: names are fetched on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.image import GenerateResult, generate, rerun
+
+__all__ = ["GenerateResult", "generate", "rerun"]
+
+_HOME = {"GenerateResult": "pipelines.image", "generate": "pipelines.image", "rerun": "pipelines.image"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pipelines' has no attribute '{name}'")

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import pipelines.image
+import pipelines.memory
+from pipelines import generate, rerun
+from pipelines.progress import Bar
+from studio.base import Base
+from studio.errors import NumericsError, OutOfMemoryError, RequestError, UnknownNameError, WrongBaseError
+from studio.lora.model import Lora, LoraDelta
+from studio.media import auto_v3
+
+MakeLora = Callable[..., Lora]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.fixture
+def quick(tiny_base: Path) -> dict[str, Any]:
+    return {"base": str(tiny_base), "steps": 3, "size": (32, 32), "seed": 7}
+
+
+def write(path: Path, lora: Lora) -> str:
+    """A file in the layout diffusers writes."""
+    tensors = {}
+    for name, delta in lora.layers.items():
+        assert isinstance(delta, LoraDelta)
+        tensors[f"{name}.lora_A.weight"] = delta.down.contiguous()
+        tensors[f"{name}.lora_B.weight"] = (delta.up * delta.scale).contiguous()
+    save_file(tensors, path, dict(lora.metadata))
+    return str(path)
+
+
+@pytest.fixture
+def cat(make_lora: MakeLora, tmp_path: Path) -> str:
+    return write(tmp_path / "cat.safetensors", make_lora(1, "attn1 attn2 text_encoder", trigger="sks cat", family="embedded"))
+
+
+def test_family_defaults_are_filled_in(tiny_base: Path) -> None:
+    result = generate("a cat", base=str(tiny_base), steps=1)
+    request = result.request
+    assert (request.size, request.guidance, request.scheduler) == ((64, 64), 5.0, "dpmpp_2m")
+    assert result.images[0].size == (64, 64)
+    assert request.seed == result.seeds[0]
+    assert result.seconds > 0
+    assert generate("a cat", base=str(tiny_base), steps=1).seeds != result.seeds
+
+
+def test_pictures_of_a_batch_are_those_made_alone(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    many = generate("a cat", **quick, count=3, scheduler="euler_a")
+    assert many.seeds == [7, 8, 9]
+    for image, seed in zip(many.images, many.seeds, strict=True):
+        alone = generate("a cat", **{**quick, "seed": seed}, scheduler="euler_a").images[0]
+        assert abs(pixels(image) - pixels(alone)).max() <= 2
+    assert abs(pixels(many.images[0]) - pixels(many.images[1])).max() > 20
+
+
+def test_rerun_makes_the_same_pixels(quick: dict[str, Any], tmp_path: Path, cat: str) -> None:
+    many = generate("a cat", negative="night", loras=[f"{cat}:0.6"], count=2, **quick)
+    paths = many.save(tmp_path / "out" / "x.png")
+    assert [path.name for path in paths] == ["x-1.png", "x-2.png"]
+    for index, path in enumerate(paths):
+        again = rerun(path)
+        assert abs(pixels(again.images[0]) - pixels(many.images[index])).max() <= 2
+        assert again.seeds == [7 + index]
+    single = generate("a cat", **quick)
+    (path,) = single.save(tmp_path / "y.png")
+    assert np.array_equal(pixels(rerun(path).images[0]), pixels(single.images[0]))
+
+
+def test_png_carries_what_made_it(quick: dict[str, Any], tmp_path: Path, cat: str, base: Base) -> None:
+    (path,) = generate("a cat", negative="night", loras=[(cat, 0.5)], **quick).save(tmp_path / "x.png")
+    with Image.open(path) as image:
+        told, text = json.loads(image.text["studio"]), image.text["parameters"]
+    assert told["request"]["prompt"] == "a cat"
+    assert told["request"]["loras"] == [{"name": cat, "weight": 0.5}]
+    assert told["base"] == {"name": "tiny", "family": "embedded", "sha256": base.sha256}
+    assert len(told["loras"][0]["sha256"]) == 64
+    assert text.split("\n") == [
+        "a cat <lora:cat:0.5>",
+        "Negative prompt: night",
+        f"Steps: 3, Sampler: DPM++ 2M, CFG scale: 5, Seed: 7, Size: 32x32, Model hash: {base.sha256[:10]}, Model: tiny, "
+        f'Version: studio {told["studio"]}, Lora hashes: "cat: {auto_v3(Path(cat))}"',
+    ]
+
+
+def test_rerun_says_what_has_changed(quick: dict[str, Any], tmp_path: Path, cat: str, make_lora: MakeLora) -> None:
+    (path,) = generate("a cat", loras=[cat], **quick).save(tmp_path / "x.png")
+    assert not any("differs" in note for note in rerun(path).notes)
+    write(Path(cat), make_lora(2, "attn1"))
+    assert any("has changed since x.png was made" in note for note in rerun(path).notes)
+
+
+def test_loras_change_the_picture_and_leave_nothing_behind(quick: dict[str, Any], cat: str) -> None:
+    plain = pixels(generate("a cat", **quick).images[0])
+    with_lora = generate("a sks cat", loras=[cat], **quick)
+    assert with_lora.notes == []
+    assert abs(pixels(generate("a cat", loras=[cat], **quick).images[0]) - plain).max() > 5
+    off = generate("a cat", loras=[f"{cat}:0"], **quick)
+    assert np.array_equal(pixels(off.images[0]), plain)
+    assert off.notes == []
+    assert np.array_equal(pixels(generate("a cat", **quick).images[0]), plain)
+
+
+def test_a_missing_trigger_is_said_not_inserted(quick: dict[str, Any], cat: str) -> None:
+    result = generate("a cat, sks", loras=[cat], **quick)
+    assert result.notes == [f"the prompt lacks the trigger 'sks cat' of LoRA '{cat}': add it to see what the LoRA was taught"]
+    assert result.request.prompt == "a cat, sks"
+    assert generate("A SKS Cat, left", loras=[cat], **quick).notes == []
+
+
+def test_sizes_that_do_not_fit_name_the_nearest(quick: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"50x64 does not fit base 'tiny'.*multiples of 16; nearest: 48x64 or 64x64"):
+        generate("a cat", **{**quick, "size": (50, 64)})
+    with pytest.raises(RequestError, match=r"nearest: 16x16"):
+        generate("a cat", **{**quick, "size": (3, 16)})
+    assert generate("a cat", **{**quick, "size": (32, 48)}).images[0].size == (32, 48)
+
+
+def test_unknown_names_and_foreign_loras_fail_before_sampling(
+    quick: dict[str, Any], tmp_path: Path, make_lora: MakeLora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("sampling began")
+
+    monkeypatch.setattr(pipelines.image, "denoise", never)
+    with pytest.raises(UnknownNameError, match="unknown scheduler"):
+        generate("a cat", **quick, scheduler="dppm")
+    with pytest.raises(UnknownNameError, match="unknown method 'merg': did you mean 'merge'"):
+        generate("a cat", **quick, method="merg")
+    with pytest.raises(UnknownNameError, match="unknown LoRA 'nothing'"):
+        generate("a cat", **quick, loras=["nothing"])
+    with pytest.raises(RequestError, match="named twice"):
+        generate("a cat", **quick, loras=["a", "a"])
+    foreign = write(tmp_path / "foreign.safetensors", make_lora(1, family="sdxl"))
+    with pytest.raises(WrongBaseError, match="family 'sdxl'"):
+        generate("a cat", **quick, loras=[foreign])
+
+
+def test_nan_is_one_sentence(quick: dict[str, Any], tmp_path: Path, make_lora: MakeLora) -> None:
+    huge = write(tmp_path / "huge.safetensors", make_lora(1, size=1e18))
+    with pytest.raises(NumericsError, match="NaN or infinity at step 1 of 3"):
+        generate("a cat", **quick, loras=[huge])
+
+
+def test_what_can_never_fit_is_refused_with_what_would(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines.memory, "free_bytes", lambda device: 40_000_000)
+    with pytest.raises(
+        OutOfMemoryError, match=r"160000x160000 does not fit the memory of cpu .*: (\d+)x\1 would fit"
+    ) as caught:
+        generate("a cat", **{**quick, "size": (160_000, 160_000)})
+    side = int(str(caught.value).rsplit(" ", 3)[1].split("x")[0])
+    assert side % 16 == 0
+    assert side >= 64
+
+
+def test_memory_that_runs_out_is_tried_in_smaller_rounds(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, rounds = pipelines.image.denoise, []
+
+    def tight(*args: Any, **settings: Any) -> torch.Tensor:
+        rounds.append(len(settings["seeds"]))
+        if len(settings["seeds"]) > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return real(*args, **settings)
+
+    monkeypatch.setattr(pipelines.image, "denoise", tight)
+    limit = 2
+    result = generate("a cat", **quick, count=5)
+    assert rounds == [5, 2, 2, 1]
+    assert result.notes == ["memory was short: the pictures were made 2 at a time"]
+    assert len(result.images) == 5
+    limit = 0
+    with pytest.raises(OutOfMemoryError, match=r"32x32 does not fit the memory of cpu .*16x16 would fit"):
+        generate("a cat", **quick)
+
+
+def test_other_runtime_errors_are_not_hidden(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(pipelines.image, "denoise", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        generate("a cat", **quick)
+
+
+def test_bar_shows_on_standard_error_only_after_two_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: now[0])
+    error = io.StringIO()
+    monkeypatch.setattr("sys.stderr", error)
+    with Bar("denoising", 10, shown=True) as bar:
+        now[0] = 1.9
+        bar.reach(5)
+        assert bar.bar is None
+        now[0] = 2.1
+        bar.reach(6)
+        assert bar.bar is not None
+    with Bar("denoising", 10) as bar:
+        now[0] = 9.0
+        bar.reach(6)
+        assert bar.bar is None, "standard error is no terminal here"
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from studio.base import Base, cache_folder, load_base, locate, weights_sha256
+from studio.errors import FileError, RequestError, UnknownNameError, UnsafeFileError
+from studio.family import detect
+
+
+def test_loads_a_stock_folder_ready_for_inference(base: Base, tiny_base: Path) -> None:
+    assert base.name == "tiny"
+    assert base.family.name == "embedded"
+    assert (base.latent_factor, base.size_step, base.context_length, base.latent_channels) == (4, 16, 16, 8)
+    for model in (*base.models().values(), base.vae):
+        assert not model.training
+        assert not any(weight.requires_grad for weight in model.parameters())
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert base.sha256 == weights_sha256(tiny_base)
+    assert load_base(tiny_base, device="cpu") is base
+
+
+def test_half_precision_spares_the_vae(tiny_base: Path) -> None:
+    half = load_base(tiny_base, device="cpu", dtype=torch.bfloat16)
+    assert half.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert half.vae.dtype == torch.float32
+
+
+def test_hash_follows_the_weights_and_is_remembered(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    assert weights_sha256(copy) == weights_sha256(tiny_base)
+    assert len(json.loads((cache_folder() / "hashes.json").read_text())) == 6
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert weights_sha256(copy) != weights_sha256(tiny_base)
+
+
+def test_unknown_name_offers_near_ones() -> None:
+    with pytest.raises(UnknownNameError, match="unknown base 'embeded': did you mean 'embedded'"):
+        load_base("embeded")
+
+
+def test_unreachable_hub_is_one_sentence() -> None:
+    with pytest.raises(FileError, match="'someone/some-model' is no local folder and the model hub cannot be reached"):
+        locate("someone/some-model")
+
+
+def test_pickles_are_refused_whatever_the_rest(tiny_base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "pickled"
+    shutil.copytree(tiny_base, copy)
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").rename(copy / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UnsafeFileError, match="only pickled weights"):
+        load_base(copy)
+
+
+def test_damaged_weights_are_one_sentence(tiny_base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "damaged"
+    shutil.copytree(tiny_base, copy)
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 64)
+    with pytest.raises(FileError, match="cannot load the base in"):
+        load_base(copy, device="cpu")
+
+
+def test_other_folders_and_single_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"no unet/config\.json"):
+        load_base(tmp_path)
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"x")
+    with pytest.raises(RequestError, match="single file"):
+        load_base(single)
+
+
+def test_families_by_configuration() -> None:
+    sd15 = {"cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280], "in_channels": 4}
+    assert detect(sd15, "x").name == "sd15"
+    assert detect({"addition_embed_type": "text_time", "block_out_channels": [320, 640, 1280]}, "x").name == "sdxl"
+    assert detect({"cross_attention_dim": 192, "block_out_channels": [64, 128, 192], "in_channels": 8}, "x").name == "embedded"
+    with pytest.raises(RequestError, match="base 'inpaint' is of no known family"):
+        detect({**sd15, "in_channels": 9}, "inpaint")
+    with pytest.raises(RequestError, match="knows only embedded, sd15, sdxl"):
+        detect(sd15, "x", told="sd9")

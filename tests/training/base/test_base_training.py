@@ -1,0 +1,112 @@
+"""The trainers of the embedded base: resumable, deterministic, and their data as the splits say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from studio.art.atlas import splits
+from training.base import checkpoint
+from training.base.data import Mixture, sample
+from training.base.loop import Run, rate_at, train
+from training.base.muon import Muon, orthogonalise, parameter_groups
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"loss": (self.net(batch[0]).float() - batch[1]).square().mean()}
+
+
+def line_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+    return x, x.sum(1, keepdim=True)
+
+
+def a_run(folder: Path, items: int = 4800) -> Run:
+    return Run(work=folder, name="line", items=items, batch=16, rate=5e-2, warmup=5)
+
+
+def test_a_run_learns_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole = train(Line(), line_batch, a_run(tmp_path / "whole"))
+    calls = []
+
+    def stopping(step: int, rank: int) -> tuple[Tensor, Tensor]:
+        calls.append(step)
+        if len(calls) == 18:
+            raise KeyboardInterrupt
+        return line_batch(step, rank)
+
+    import training.base.loop as loop
+
+    run = Run(work=tmp_path / "cut", name="line", items=4800, batch=16, rate=5e-2, warmup=5, save_minutes=0.0)
+    try:
+        train(Line(), stopping, run)
+    except KeyboardInterrupt:
+        pass
+    assert checkpoint.load(run.folder)[1]["items"] == 17 * 16
+    again = loop.train(Line(), line_batch, run)
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+    model = Line()
+    model.load_state_dict(whole)
+    assert model(line_batch(999, 0))["loss"] < 0.5 * Line()(line_batch(999, 0))["loss"]
+
+
+def test_rate_warms_up_and_falls() -> None:
+    run = Run(work=Path("."), name="x", items=1, batch=1, rate=1.0, warmup=10, final_rate=0.1)
+    rates = [rate_at(step, 110, run) for step in range(110)]
+    assert rates[0] == 0.1 and max(rates) == 1.0 and rates[-1] < 0.11
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_newton_schulz_comes_near_the_orthogonal_factor() -> None:
+    matrix = torch.randn(24, 80, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonalise(matrix)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.nn.functional.cosine_similarity(found.flatten(), (u @ vh).flatten(), dim=0) > 0.97
+    assert torch.allclose(orthogonalise(matrix.T), found.T, atol=1e-5)
+
+
+def test_every_parameter_is_stepped_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3))
+    groups = parameter_groups(model, 1e-3)
+    listed = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
+    assert len(listed) == len(set(map(id, listed))) == len(list(model.parameters()))
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+    Muon(groups, lr=1e-3).step()
+    assert all(not torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True))
+
+
+def test_checkpoint_is_sharded_and_survives_a_cut_replacement(tmp_path: Path, monkeypatch: object) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100)  # type: ignore[attr-defined]
+    tensors = {f"t{i}": torch.arange(10.0) + i for i in range(5)}
+    checkpoint.save(tmp_path / "c", {"model": tensors}, {"items": 1})
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) == 3
+    groups, facts = checkpoint.load(tmp_path / "c")
+    assert facts == {"items": 1} and all(torch.equal(groups["model"][k], v) for k, v in tensors.items())
+    (tmp_path / "c").rename(tmp_path / "c.old")  # killed between the two renames
+    assert checkpoint.exists(tmp_path / "c")
+
+
+def test_base_data_never_shows_a_held_out_subject() -> None:
+    rng = np.random.default_rng(0)
+    heldout = {name for part in splits().heldout.values() for name in part}
+    counts = {"a": 0, "b": 0, "class": 0}
+    for _ in range(600):
+        scene, text = sample(rng, Mixture())
+        assert text and len({i.style for i in scene.items}) == 1
+        for item in scene.items:
+            assert item.concept not in heldout
+            counts["a" if item.concept in splits().named_a else "b" if item.concept in splits().named_b else "class"] += 1
+    total = sum(counts.values())
+    assert abs(counts["a"] / total - 0.55) < 0.06 and abs(counts["b"] / total - 0.25) < 0.06

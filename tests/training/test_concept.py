@@ -1,0 +1,268 @@
+"""Training a concept from end to end on a tiny base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import training
+from studio.base import Base
+from studio.errors import CancelledError, FileError, NumericsError, OutOfMemoryError, RequestError, StudioError
+from studio.lora.files import load_lora, read_header
+from studio.lora.model import Lora
+from tests.training.conftest import Configure, draw
+from training import describe, train_concept
+from training.concept import Progress
+from training.state import find
+
+
+def quiet(progress: Progress) -> None:
+    pass
+
+
+def test_a_lora_is_learnt_and_fits_the_base(configure: Configure, base: Base) -> None:
+    config = configure(steps=40, batch=8, learning_rate=5e-3, targets="all", rank=4)
+    seen: list[Progress] = []
+    result = train_concept(config, seen.append)
+    assert (result.path, result.steps, len(result.losses)) == (config.output, 40, 40)
+    assert sum(result.losses[-10:]) < 0.9 * sum(result.losses[:10])
+    assert [p.step for p in seen] == list(range(1, 41))
+    assert seen[0].seconds_left > seen[-1].seconds_left == 0
+    lora = load_lora(result.path)
+    modules = base.models()
+    for key, delta in lora.layers.items():
+        model, name = key.split(".", 1)
+        assert modules[model].get_submodule(name).weight.shape[0] == delta.up.shape[0]
+    assert lora.trigger == "zqx"
+    assert not config.work.exists()
+    assert not any("lora" in name for name, _ in base.unet.named_modules())
+
+
+def test_metadata_says_where_it_comes_from(configure: Configure, base: Base) -> None:
+    config = configure(steps=1, min_snr=None)
+    metadata = read_header(train_concept(config, quiet).path).metadata
+    assert metadata["studio.trigger"] == "zqx"
+    assert metadata["studio.class_word"] == "apple"
+    assert metadata["studio.base_sha256"] == base.sha256
+    assert metadata["studio.family"] == "embedded"
+    assert metadata["studio.kind"] == "concept"
+    assert metadata["modelspec.trigger_phrase"] == "zqx apple"
+    assert (metadata["ss_network_dim"], metadata["ss_steps"], metadata["ss_num_train_images"]) == ("2", "1", "5")
+    assert json.loads(metadata["studio.config"])["learning_rate"] == config.learning_rate
+    assert json.loads(metadata["ss_tag_frequency"])["pictures"] == {"a zqx apple on the left": 2, "a zqx apple on the right": 3}
+    assert str(config.output.parent) not in json.dumps(metadata)
+
+
+def test_previews_come_after_saving_see_a_plain_base_and_change_nothing(configure: Configure, base: Base) -> None:
+    seen: list[tuple[int, bool, bool]] = []
+
+    def preview(step: int, lora: Lora) -> None:
+        config = configure()
+        saved = config.output.exists() if step == 4 else find(config.work) is not None
+        plain = not any("lora" in name for name, _ in base.unet.named_modules()) and not base.unet.training
+        seen.append((step, saved, plain))
+        assert next(iter(lora.layers.values())).rank == 2
+        torch.manual_seed(step)
+        raise ValueError("no canvas")
+
+    without = train_concept(configure(checkpoint_every=2), quiet)
+    plain_bytes = without.path.read_bytes()
+    without.path.unlink()
+    result = train_concept(configure(checkpoint_every=2, preview_every=2), quiet, preview)
+    assert seen == [(2, True, True), (4, True, True)]
+    assert result.notes[-1] == "the preview at step 4 failed (ValueError: no canvas)"
+    assert load_lora(result.path).layers.keys() == load_lora_bytes(plain_bytes, result.path.parent).layers.keys()
+    assert result.losses == without.losses
+
+
+def load_lora_bytes(data: bytes, folder: Path) -> Lora:
+    (folder / "other.safetensors").write_bytes(data)
+    return load_lora(folder / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prior": "consistency"},
+        {"prior": "consistency", "train_text": "lora"},
+        {"prior": "images", "flip": True, "caption_dropout": 0.5},
+        {"train_text": "lora", "cache_latents": False},
+        {"cache_text": False, "noise_offset": 0.1, "accumulation": 2},
+        {"gradient_checkpointing": True, "optimizer": "sgd", "schedule": "linear"},
+        {"precision": "bf16", "save_precision": "fp32", "schedule": "constant"},
+        {"epochs": 2, "repeats": 3},
+    ],
+    ids=lambda changes: "+".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_options_train(configure: Configure, pictures: Path, changes: dict[str, Any]) -> None:
+    if changes.get("prior") == "images":
+        changes = changes | {"prior_data": pictures}
+    config = configure(**changes)
+    result = train_concept(config, quiet)
+    assert result.steps == (8 if "epochs" in changes else 4)
+    assert all(loss == loss for loss in result.losses)
+    components = read_header(result.path).components
+    assert ("text_encoder" in components) == (config.train_text == "lora")
+    moved = [float(delta.up.abs().max()) for delta in load_lora(result.path).layers.values()]  # type: ignore[union-attr]
+    assert min(moved) > 0
+
+
+def test_caching_and_checkpointing_change_nothing(configure: Configure) -> None:
+    losses = train_concept(configure(), quiet).losses
+    for changes in ({"cache_latents": False}, {"cache_text": False}, {"gradient_checkpointing": True}):
+        assert train_concept(configure(**changes), quiet).losses == pytest.approx(losses, abs=1e-5), changes
+
+
+def test_consistency_holds_the_class_in_place(configure: Configure, base: Base) -> None:
+    """With the prior, predictions on class prompts stay nearer to the frozen base."""
+
+    def drift(**changes: Any) -> float:
+        path = train_concept(configure(steps=30, learning_rate=5e-3, targets="all", **changes), quiet).path
+        lora = load_lora(path)
+        from training.text import encode
+
+        x = torch.randn(8, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+        t, text = torch.arange(50, 1000, 120), encode(base, ["an apple"] * 8).states
+        originals = {}
+        with torch.no_grad():
+            wanted = base.unet(x, t, text).sample
+            for key, delta in lora.layers.items():
+                module = base.unet.get_submodule(key.removeprefix("unet."))
+                originals[module] = module.weight.data.clone()
+                module.weight.data += delta.scale * (delta.up.flatten(1) @ delta.down.flatten(1)).reshape(module.weight.shape)  # type: ignore[union-attr]
+            said = base.unet(x, t, text).sample
+            for module, weight in originals.items():
+                module.weight.data = weight
+        return float((said - wanted).square().mean())
+
+    free, held = drift(), drift(prior="consistency", prior_weight=3.0, prior_prompts=("an apple",))
+    assert held < 0.6 * free
+
+
+def test_cancelling_keeps_a_checkpoint_and_resuming_ends_with_the_same_file(configure: Configure) -> None:
+    whole = train_concept(configure(steps=6), quiet)
+    wanted = whole.path.read_bytes()
+    whole.path.unlink()
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise CancelledError("enough")
+
+    with pytest.raises(CancelledError, match="stopped at step 3 of 6: run it again"):
+        train_concept(configure(steps=6), stop)
+    resumed = train_concept(configure(steps=6), quiet)
+    assert "resumed at step 3" in resumed.notes
+    assert resumed.path.read_bytes() == wanted
+    assert resumed.losses == whole.losses
+
+
+def test_resuming_with_other_values_is_refused(configure: Configure, pictures: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(CancelledError):
+        train_concept(configure(), stop)
+    with pytest.raises(RequestError, match=r"learning_rate: 0.001 -> 0.002"):
+        train_concept(configure(learning_rate=2e-3), quiet)
+    (pictures / "0.txt").write_text("a {trigger} apple")
+    with pytest.raises(RequestError, match="pictures: "):
+        train_concept(configure(), quiet)
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    result = train_concept(configure(checkpoint_every=2), quiet)
+    assert result.path.exists()
+    assert any("No space left" in note for note in result.notes)
+
+
+def test_intermediate_files(configure: Configure) -> None:
+    config = configure(save_every=2)
+    train_concept(config, quiet)
+    assert sorted(p.name for p in config.output.parent.iterdir()) == ["zqx-000002.safetensors", "zqx.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trigger": "red apple"}, "'red apple' is already a known word of 'tiny'"),
+        ({"rank": 400}, "rank 400 is more than"),
+        ({"resolution": 16, "buckets": False}, None),
+        ({"targets": "nothing"}, "select no layer"),
+        ({"optimizer": "prodigy"}, "prodigyopt"),
+        ({"precision": "fp16"}, "needs a CUDA device"),
+        ({"base": "nowhere"}, "unknown base 'nowhere'"),
+        ({"output": "/proc/x/y.safetensors"}, "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_training(configure: Configure, changes: dict[str, Any], said: str | None) -> None:
+    if said is None:
+        describe(configure(**changes))
+        return
+    with pytest.raises(StudioError) as caught:
+        train_concept(configure(**changes), quiet)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_picture_is_refused_unless_allowed(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    draw(tmp_path / "one" / "a.png")
+    with pytest.raises(RequestError, match="holds one picture"):
+        train_concept(configure(data=tmp_path / "one"), quiet)
+    notes = train_concept(configure(data=tmp_path / "one", allow_one_image=True, steps=1), quiet).notes
+    assert any("only 1 pictures" in note for note in notes)
+
+
+def test_output_that_is_a_folder(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(FileError, match="is a folder"):
+        train_concept(configure(output=tmp_path / "x.safetensors"), quiet)
+
+
+def test_a_diverging_run_says_so(configure: Configure) -> None:
+    with pytest.raises(NumericsError, match="lower learning_rate"):
+        train_concept(configure(learning_rate=10.0, clip=0, optimizer="sgd", steps=200, rank=16, alpha=1e6, schedule="constant"), quiet)
+
+
+def test_out_of_memory_says_what_would_fit(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("training.objective.weighted_mse", exhausted)
+    with pytest.raises(OutOfMemoryError, match="try batch 2 with accumulation 2, gradient_checkpointing true, precision bf16"):
+        train_concept(configure(), quiet)
+
+
+def test_captions_lacking_the_trigger_get_it(configure: Configure, pictures: Path) -> None:
+    (pictures / "0.txt").write_text("an apple on grass")
+    (pictures / "1.txt").unlink()
+    described = describe(configure())
+    assert described.captions[:2] == ("an zqx apple on grass", "a zqx apple")
+    assert any("lacked the trigger" in note for note in described.notes)
+    assert describe(configure(insert_trigger=False)).captions[0] == "an apple on grass"
+
+
+def test_description_resolves_and_estimates(configure: Configure, pictures: Path) -> None:
+    draw(pictures / "wide.png", size=(120, 70))
+    described = describe(configure(epochs=3, batch=2))
+    assert described.buckets == {"64x64": 5, "80x48": 1}
+    assert (described.steps, described.pictures) == (9, 6)
+    assert described.memory_bytes > 300 * 2**20
+    assert "memory      about" in str(described)
+    small, large = describe(configure()).memory_bytes, describe(configure(batch=64)).memory_bytes
+    saved = describe(configure(batch=64, gradient_checkpointing=True)).memory_bytes
+    assert small < saved < large
+
+
+def test_lazy_exports() -> None:
+    assert training.train_concept is train_concept
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        training.nonsense  # noqa: B018

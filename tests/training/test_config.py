@@ -1,0 +1,83 @@
+"""The typed configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio.errors import FileError, RequestError, UnknownNameError
+from training.config import FOREIGN_NAMES, ConceptConfig, differences, load_config, make_config
+
+NEEDED: dict[str, Any] = {"data": "d", "output": "o.safetensors", "trigger": "zqx"}
+
+
+def test_yaml_with_overrides_and_relative_paths(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("data: pics\noutput: out/a.safetensors\ntrigger: zqx\nsteps: 7\nmin_snr: null\n")
+    config = load_config(tmp_path / "job.yaml", steps=9)
+    assert (config.data, config.steps, config.min_snr) == (tmp_path / "pics", 9, None)
+    assert config.work == tmp_path / "out" / "a.train"
+
+
+def test_unknown_keys_offer_the_near_name() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'learning_rate'"):
+        make_config(**NEEDED, learning_rat=1)
+    with pytest.raises(RequestError, match="'network_dim': here it is called 'rank'"):
+        make_config(**NEEDED, network_dim=4)
+    assert set(FOREIGN_NAMES.values()) <= set(ConceptConfig.model_fields)
+    assert not set(FOREIGN_NAMES) & set(ConceptConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": 0}, "'rank' is 0: input should be greater"),
+        ({"rank": 100_000}, "'rank' is 100000: input should be less"),
+        ({"learning_rate": -1e-4}, "'learning_rate' is -0.0001"),
+        ({"learning_rate": float("nan")}, "'learning_rate' is nan"),
+        ({"steps": 0}, "'steps' is 0"),
+        ({"caption_dropout": 1.5}, "'caption_dropout' is 1.5"),
+        ({"trigger": "  "}, "trigger is empty"),
+        ({"trigger": "{x}"}, "brace"),
+        ({"output": "a.ckpt"}, "must end in .safetensors"),
+        ({"targets": "("}, "nor a regular expression"),
+        ({"caption": "a {cls}"}, "only {trigger} and {class_word}"),
+        ({"prior": "images"}, "needs prior_data"),
+        ({"prior_data": "p"}, "set prior to 'images'"),
+        ({"text_learning_rate": 1e-4}, "set train_text to 'lora'"),
+        ({"schedule": "step"}, "'schedule' is 'step'"),
+    ],
+)
+def test_bad_values_are_one_sentence(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        make_config(**(NEEDED | changes))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_value_is_named() -> None:
+    with pytest.raises(RequestError, match="'trigger' is missing"):
+        make_config(data="d", output="o.safetensors")
+
+
+@pytest.mark.parametrize(("text", "said"), [("- a\n", "option: value"), ("a: [", "not YAML"), ("!!python/object:x {}", "not YAML")])
+def test_bad_files(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(FileError, match=said):
+        load_config(tmp_path / "job.yaml")
+    with pytest.raises(FileError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_templates_and_strength() -> None:
+    assert make_config(**NEEDED).fill(make_config(**NEEDED).template) == "a zqx"
+    cat = make_config(**NEEDED, class_word="cat", rank=4)
+    assert cat.fill(cat.template) == "a zqx cat"
+    assert cat.strength == 4.0
+    style = make_config(**NEEDED, kind="style", alpha=1)
+    assert (style.fill(style.template), style.strength) == ("a picture in zqx style", 1.0)
+
+
+def test_differences() -> None:
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 2 -> 3", "c: (absent) -> 4"]

@@ -1,0 +1,57 @@
+"""Denoising maths against its definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from training.losses import add_noise, min_snr_weights, snr, stratified_timesteps, target, velocity, weighted_mse
+
+
+@pytest.fixture
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def test_noise_and_velocity_agree_with_the_scheduler(scheduler: DDPMScheduler) -> None:
+    x, noise, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 10, 500, 999])
+    abar = scheduler.alphas_cumprod
+    torch.testing.assert_close(add_noise(x, noise, t, abar), scheduler.add_noise(x, noise, t))
+    torch.testing.assert_close(velocity(x, noise, t, abar), scheduler.get_velocity(x, noise, t))
+    assert target("epsilon", x, noise, t, abar) is noise
+    assert target("sample", x, noise, t, abar) is x
+    with pytest.raises(ValueError, match="prediction type"):
+        target("flow", x, noise, t, abar)
+
+
+def test_min_snr_weights_make_every_prediction_type_minimise_the_same(scheduler: DDPMScheduler) -> None:
+    """The same error in x costs the same whether the model says x, noise or velocity."""
+    abar, t = scheduler.alphas_cumprod, torch.arange(0, 1000, 37)
+    ratio = snr(t, abar)
+    x_weight = min_snr_weights(t, abar, 5.0, "sample")
+    torch.testing.assert_close(min_snr_weights(t, abar, 5.0) * ratio, x_weight)
+    torch.testing.assert_close(min_snr_weights(t, abar, 5.0, "v_prediction") * (ratio + 1), x_weight)
+    assert x_weight.max() == 5.0
+    assert (min_snr_weights(t, abar, None) == 1).all()
+
+
+def test_min_snr_is_finite_at_zero_terminal_snr() -> None:
+    abar = torch.tensor([0.9, 0.0])
+    assert min_snr_weights(torch.tensor([1]), abar, 5.0).tolist() == [1.0]
+    assert min_snr_weights(torch.tensor([1]), abar, 5.0, "v_prediction").tolist() == [0.0]
+
+
+def test_weighted_mse_weighs_rows() -> None:
+    wanted = torch.zeros(2, 1, 2, 2)
+    said = torch.stack([torch.ones(1, 2, 2), 2 * torch.ones(1, 2, 2)])
+    assert weighted_mse(said, wanted, torch.tensor([1.0, 0.5])).item() == pytest.approx((1 + 2) / 2)
+
+
+def test_timesteps_cover_every_slice_and_stay_uniform() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([stratified_timesteps(8, 1000, generator) for _ in range(2000)])
+    assert ((draws.sort(1).values // 125) == torch.arange(8)).all()
+    first = draws[:, 0].double()
+    assert first.mean().item() == pytest.approx(499.5, abs=25)
+    assert first.std().item() == pytest.approx(288.7, abs=15)

@@ -1,0 +1,84 @@
+"""Killed, launched on two processes, repeated: the same LoRA comes out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from studio.lora.files import load_lora
+from tests.training.conftest import Configure
+from training import ConceptConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys
+from training import load_config, train_concept
+def say(progress):
+    print(progress.step, flush=True)
+train_concept(load_config(sys.argv[1]), say)
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    (tmp_path / "job.py").write_text(SCRIPT)
+    return tmp_path / "job.py"
+
+
+def command(job: Path, config: ConceptConfig, *launcher: str) -> list[str]:
+    """A process that trains ``config``; its output lies in a folder of the same name each time."""
+    path = job.parent / f"{config.output.parent.name}.yaml"
+    values = config.model_dump(mode="json", exclude_unset=True)
+    path.write_text(yaml.safe_dump(values))
+    return [sys.executable, *launcher, str(job), str(path)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
+
+
+def run(arguments: list[str]) -> None:
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_runs_end_with_the_same_bits(job: Path, configure: Configure, tmp_path: Path) -> None:
+    """Killed with SIGKILL twice, at unforeseen moments, then finished: the file is that of a run in another, untouched process."""
+    changes = {"steps": 60, "prior": "consistency", "train_text": "lora", "checkpoint_every": 3}
+    whole = configure(output=tmp_path / "whole" / "zqx.safetensors", **changes)
+    run(command(job, whole))
+    killed = configure(output=tmp_path / "killed" / "zqx.safetensors", **changes)
+    for after in (4, 31):
+        process = subprocess.Popen(command(job, killed), env=environment(), stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        for line in process.stdout:
+            if int(line) >= after:
+                time.sleep(0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+        assert not killed.output.exists()
+        assert list(killed.work.glob("checkpoint-*"))
+    run(command(job, killed))
+    assert killed.output.read_bytes() == whole.output.read_bytes()
+
+
+def test_two_processes_learn_what_one_does_with_twofold_accumulation(job: Path, configure: Configure, tmp_path: Path) -> None:
+    changes = {"steps": 3, "batch": 2, "save_precision": "fp32"}
+    one = configure(output=tmp_path / "one" / "zqx.safetensors", accumulation=2, **changes)
+    run(command(job, one))
+    two = configure(output=tmp_path / "two" / "zqx.safetensors", **changes)
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    run(command(job, two, *launcher, "--dynamo_backend", "no", "--main_process_port", "0"))
+    left, right = load_lora(one.output), load_lora(two.output)
+    for key, delta in left.layers.items():
+        torch.testing.assert_close(delta.up, right.layers[key].up, atol=2e-5, rtol=1e-3)  # type: ignore[union-attr]

@@ -1,0 +1,77 @@
+"""Checkpoints appear whole or not at all."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from studio.errors import FileError, RequestError
+from training import state
+from training.state import Checkpoint, find, load, random_state_kept, save
+
+STATE = Checkpoint(3, {"a": torch.arange(4.0)}, {"state": {0: {"step": 1}}, "param_groups": []}, (1.0, 0.5, 0.1), 2.5, {"rank": 4})
+
+
+def test_round_trip_and_older_ones_go(tmp_path: Path) -> None:
+    save(tmp_path, replace(STATE, step=2))
+    path = save(tmp_path, STATE)
+    assert find(tmp_path) == path
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
+    found = load(path, {"rank": 4})
+    assert torch.equal(found.weights["a"], STATE.weights["a"])
+    assert (found.step, found.losses, found.seconds, found.optimizer) == (3, STATE.losses, 2.5, STATE.optimizer)
+
+
+def test_another_configuration_is_refused_with_a_diff(tmp_path: Path) -> None:
+    path = save(tmp_path, STATE)
+    with pytest.raises(RequestError, match=r"rank: 4 -> 8.*delete"):
+        load(path, {"rank": 8})
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "safetensors"])
+def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    path = save(tmp_path, STATE)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((torch, "save") if writer == "torch.save" else (state, "save_file")), full)
+    with pytest.raises(FileError, match="No space left on device"):
+        save(tmp_path, replace(STATE, step=4))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert load(path, {"rank": 4}).step == 3
+
+
+def test_a_cut_off_write_is_ignored(tmp_path: Path) -> None:
+    path = save(tmp_path, STATE)
+    shutil.copytree(path, tmp_path / "checkpoint-000009")
+    (tmp_path / "checkpoint-000009" / "facts.json").unlink()
+    (tmp_path / ".checkpoint-000010.part").mkdir()
+    assert find(tmp_path) == path
+    assert find(tmp_path / "absent") is None
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    path = save(tmp_path, STATE)
+    (path / "weights.safetensors").write_bytes(b"oops")
+    with pytest.raises(FileError, match="delete"):
+        load(path, {"rank": 4})
+
+
+def test_random_numbers_go_on_as_if_nothing_had_run() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002
+    wanted = draw()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002
+    with random_state_kept():
+        draw()
+    assert draw() == wanted

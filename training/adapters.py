@@ -1,0 +1,198 @@
+"""LoRA layers on a base while it is trained: attached by PEFT, exported as :class:`studio.lora.model.Lora`, and gone afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from studio.errors import NumericsError, RequestError
+from studio.lora.model import LoraDelta
+from training.config import SECTIONS, ConceptConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft.tuners.lora import LoraLayer
+
+    from studio.base import Base
+
+NAME = "concept"
+# Transformer2DModel's own projections count as feed-forward: kohya's default set has them too.
+ATTENTION = r"\.attn\d+\.(to_q|to_k|to_v|to_out\.0)$"
+FEED_FORWARD = r"\.(ff\.net\.0\.proj|ff\.net\.2)$|attentions\.\d+\.proj_(in|out)$"
+TEXT_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
+TEXT_FEED_FORWARD = r"\.mlp\.fc[12]$"
+
+
+def target_names(model: nn.Module, targets: str | Sequence[str], rates: Mapping[str, float]) -> list[str]:
+    """Names of the UNet layers a LoRA goes to: linear layers and convolutions selected by ``targets``, without those of rate 0.
+
+    Raises:
+        RequestError: nothing is selected.
+    """
+    patterns = {"attn": (ATTENTION,), "attn+ff": (ATTENTION, FEED_FORWARD), "all": ("",)}.get(
+        targets if isinstance(targets, str) else "", (targets,) if isinstance(targets, str) else tuple(targets)
+    )
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(re.search(pattern, name) for pattern in patterns)
+    ]
+    chosen = [name for name in chosen if rate_factor(name, rates) > 0]
+    if not chosen:
+        shown = targets if isinstance(targets, str) else ", ".join(targets)
+        raise RequestError(
+            f"targets '{shown}' select no layer of this base: use {', '.join(SECTIONS)} or patterns such as 'attn2'"
+        )
+    return chosen
+
+
+def text_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the text-encoder layers that go with ``targets``: attention, and the feed-forward unless only ``attn`` is asked."""
+    patterns = (TEXT_ATTENTION,) if targets == "attn" else (TEXT_ATTENTION, TEXT_FEED_FORWARD)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(re.search(pattern, name) for pattern in patterns)
+    ]
+
+
+def rate_factor(name: str, rates: Mapping[str, float]) -> float:
+    """The learning-rate factor of a layer: that of the first pattern found in its name, else 1."""
+    return next((factor for pattern, factor in rates.items() if re.search(pattern, name)), 1.0)
+
+
+def chosen_layers(base: Base, config: ConceptConfig) -> dict[str, list[str]]:
+    """Per model of ``base`` the layers that get a LoRA.
+
+    Raises:
+        RequestError: nothing selected, or a rank no selected layer can use.
+    """
+    models = base.models()
+    chosen = {"unet": target_names(models["unet"], config.targets, config.block_rates)}
+    if config.train_text == "lora":
+        chosen |= {key: text_names(model, config.targets) for key, model in models.items() if key != "unet"}
+    widest = max(_useful_rank(models[key].get_submodule(name)) for key, names in chosen.items() for name in names)
+    if config.rank > widest:
+        raise RequestError(f"rank {config.rank} is more than any chosen layer of '{base.name}' can use: give at most {widest}")
+    return chosen
+
+
+def _useful_rank(module: nn.Module) -> int:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return min(weight.shape[0], weight[0].numel())
+
+
+@dataclass(frozen=True, eq=False)
+class Adapters:
+    """The LoRA layers in training, by ``unet.<path>`` or ``text_encoder.<path>``."""
+
+    models: Mapping[str, nn.Module]
+    layers: Mapping[str, LoraLayer]
+    alpha: float
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All trained parameters by ``<layer>.down`` and ``<layer>.up``."""
+        found: dict[str, nn.Parameter] = {}
+        for key, layer in self.layers.items():
+            found[f"{key}.down"] = layer.lora_A[NAME].weight
+            found[f"{key}.up"] = layer.lora_B[NAME].weight
+        return found
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`weights`."""
+        with torch.no_grad():
+            for key, parameter in self.weights().items():
+                parameter.copy_(weights[key])
+
+    def groups(self, config: ConceptConfig) -> list[dict[str, Any]]:
+        """Optimiser groups, one per learning rate, in the order of :meth:`weights`; ``initial_lr`` is what a schedule scales."""
+        text_rate = config.learning_rate / 2 if config.text_learning_rate is None else config.text_learning_rate
+        groups: dict[float, list[nn.Parameter]] = {}
+        for key, parameter in self.weights().items():
+            model, name = key.split(".", 1)
+            rate = config.learning_rate * rate_factor(name, config.block_rates) if model == "unet" else text_rate
+            groups.setdefault(rate, []).append(parameter)
+        return [{"params": params, "lr": rate, "initial_lr": rate} for rate, params in groups.items()]
+
+    def deltas(self) -> dict[str, LoraDelta]:
+        """The learnt deltas, copied to the CPU in single precision.
+
+        Raises:
+            NumericsError: a weight is not finite.
+        """
+        found = {}
+        for key, layer in self.layers.items():
+            down, up = (module[NAME].weight.detach().float().cpu().clone() for module in (layer.lora_A, layer.lora_B))
+            if not (down.isfinite().all() and up.isfinite().all()):
+                raise NumericsError(f"the LoRA weights of {key} became NaN or infinite: lower learning_rate")
+            found[key] = LoraDelta(down, up, self.alpha)
+        return found
+
+    @contextmanager
+    def absent(self) -> Iterator[None]:
+        """The base as it was before, for a teacher's forward or a preview; the LoRA layers come back afterwards."""
+        with ExitStack() as stack:
+            for key, layer in self.layers.items():
+                model, path = key.split(".", 1)
+                parent_path, _, child = path.rpartition(".")
+                parent = self.models[model].get_submodule(parent_path)
+                stack.callback(setattr, parent, child, layer)
+                setattr(parent, child, layer.get_base_layer())
+            yield
+
+
+@contextmanager
+def attached(base: Base, config: ConceptConfig) -> Iterator[Adapters]:
+    """``base`` with fresh LoRA layers in single precision, initialised from the seed alone; on exit the base is as it was."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    chosen = chosen_layers(base, config)
+    models = {key: base.models()[key] for key in chosen}
+    layers: dict[str, LoraLayer] = {}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(_unchanged(model))
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            for key, model in models.items():
+                pattern = "|".join(re.escape(name) for name in chosen[key])
+                inject_adapter_in_model(
+                    LoraConfig(r=config.rank, lora_alpha=config.strength, target_modules=pattern), model, NAME
+                )
+                for name in chosen[key]:
+                    layer: Any = model.get_submodule(name)
+                    layers[f"{key}.{name}"] = layer
+        adapters = Adapters(models, layers, config.strength)
+        for parameter in adapters.weights().values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        yield adapters
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """On exit ``model`` has the layers, gradient flags, mode and attributes it had on entry."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    attributes = set(vars(model))
+    try:
+        yield
+    finally:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+            parent_path, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent_path), child, layer.get_base_layer())
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+        for module, training in modes.items():
+            module.training = training

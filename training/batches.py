@@ -1,0 +1,155 @@
+"""From pictures and captions to what one training step needs; every batch is a pure function of (seed, batch number)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.dataset import BatchPlan, Picture, bucket_of, pixels, swap_sides
+from training.losses import stratified_timesteps
+from training.text import TextStates, encode, token_ids
+
+if TYPE_CHECKING:
+    from studio.base import Base
+
+DATA, PRIOR = 2, 3
+"""Streams of random numbers, beside 1 for the order of pictures."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """Rows of one forward. ``latents, noise [B, C, h, w]``; ``t [B]``; ``captions`` index the run's :class:`Captions`."""
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    captions: Tensor
+
+
+def stream(seed: int, kind: int, index: int) -> torch.Generator:
+    """Random numbers of batch ``index``, the same on every machine and after every resume."""
+    value = np.random.SeedSequence([seed, kind, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(value & np.uint64(2**63 - 1)))
+
+
+class Captions:
+    """Every caption of a run by number; its token ids, and the frozen encoder's states, computed once when they are kept."""
+
+    def __init__(self, base: Base, keep: bool) -> None:
+        self.base, self.keep = base, keep
+        self._numbers: dict[str, int] = {}
+        self._table: TextStates | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self._numbers)
+
+    def number(self, text: str) -> int:
+        if text not in self._numbers:
+            self._numbers[text] = len(self._numbers)
+            self._table = None
+        return self._numbers[text]
+
+    def ids(self, rows: Tensor) -> list[Tensor]:
+        texts = self.texts
+        return token_ids(self.base, [texts[i] for i in rows.tolist()])
+
+    def warm(self) -> None:
+        """Encode every caption now."""
+        if self.keep and self._table is None:
+            self._table = encode(self.base, self.texts)
+
+    def states(self, rows: Tensor) -> TextStates:
+        """The frozen encoder's states, on the CPU."""
+        texts = self.texts
+        self.warm()
+        if self._table is None:
+            return encode(self.base, [texts[i] for i in rows.tolist()])
+        return self._table.rows(rows)
+
+
+class Latents:
+    """Pictures as latents: the VAE's mean and deviation, kept in memory when asked, sampled anew for every batch."""
+
+    def __init__(self, base: Base, pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]], keep: bool) -> None:
+        self.base, self.pictures, self.sizes, self.keep = base, pictures, sizes, keep
+        self._known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+
+    def sample(self, item: int, flipped: bool, generator: torch.Generator) -> Tensor:
+        """One latent ``[C, h, w]``, scaled as the UNet expects it."""
+        mean, deviation = self._moments(item, flipped)
+        config = self.base.vae.config
+        value = mean + deviation * torch.randn(mean.shape, generator=generator)
+        return (value - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    @torch.no_grad()
+    def _moments(self, item: int, flipped: bool) -> tuple[Tensor, Tensor]:
+        key = (item, flipped)
+        if key in self._known:
+            return self._known[key]
+        vae = self.base.vae
+        image = pixels(self.pictures[item], self.sizes[item])[None].to(vae.device, vae.dtype)
+        spread: Any = vae.encode(image.flip(-1) if flipped else image).latent_dist
+        found = (spread.mean[0].float().cpu(), spread.std[0].float().cpu())
+        if self.keep:
+            self._known[key] = found
+        return found
+
+
+class Source:
+    """Batches of one data set."""
+
+    def __init__(
+        self,
+        base: Base,
+        pictures: Sequence[Picture],
+        texts: Sequence[str],
+        captions: Captions,
+        *,
+        sizes: Sequence[tuple[int, int]],
+        batch: int,
+        seed: int,
+        kind: int = DATA,
+        flip: bool = False,
+        dropout: float = 0.0,
+        noise_offset: float = 0.0,
+        keep: bool = True,
+    ) -> None:
+        buckets = [bucket_of(p.width, p.height, sizes) for p in pictures]
+        self.plan = BatchPlan(grouped(pictures, buckets), batch, seed)
+        self.latents = Latents(base, pictures, buckets, keep)
+        self.numbers = [captions.number(text) for text in texts]
+        self.mirrored = [captions.number(swap_sides(text)) for text in texts] if flip else []
+        self.empty = captions.number("") if dropout else 0
+        self.seed, self.kind, self.flip, self.dropout, self.noise_offset = seed, kind, flip, dropout, noise_offset
+        self.train_steps = int(base.scheduler.config["num_train_timesteps"])
+
+    def batch(self, index: int) -> Batch:
+        """Batch number ``index``, on the CPU."""
+        items = self.plan.items(index)
+        draw = stream(self.seed, self.kind, index)
+        flips = (torch.rand(len(items), generator=draw) < (0.5 if self.flip else 0.0)).tolist()
+        drops = (torch.rand(len(items), generator=draw) < self.dropout).tolist()
+        t = stratified_timesteps(len(items), self.train_steps, draw)
+        latents = torch.stack([self.latents.sample(i, f, draw) for i, f in zip(items, flips, strict=True)])
+        noise = torch.randn(latents.shape, generator=draw)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
+        numbers = [
+            self.empty if drop else self.mirrored[i] if flipped else self.numbers[i]
+            for i, flipped, drop in zip(items, flips, drops, strict=True)
+        ]
+        return Batch(latents=latents, noise=noise, t=t, captions=torch.tensor(numbers))
+
+
+def grouped(pictures: Sequence[Picture], buckets: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """Items by bucket, each as often as its repeats: the groups of a :class:`BatchPlan`."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for index, picture in enumerate(pictures):
+        members.setdefault(buckets[index], []).extend([index] * picture.repeats)
+    return tuple(tuple(items) for _, items in sorted(members.items()))

@@ -1,0 +1,384 @@
+"""Teach a base a concept or style from a few pictures: one LoRA file, made on accelerate and PEFT.
+
+Every batch is a pure function of the seed and its number (see ``training.batches``), so a run killed at any moment and started again
+ends with the same bits as one that was never stopped, and ``accelerate launch`` on n processes sees the data of n-fold accumulation.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studio.errors import CancelledError, FileError, NumericsError, OutOfMemoryError, RequestError, StudioError
+from training.config import ConceptConfig
+from training.plan import Plan, prepare
+from training.progress import Progress, Report, reporting
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from studio.base import Base
+    from studio.lora.model import Lora
+    from training.adapters import Adapters
+    from training.batches import Captions, Source
+    from training.objective import Objective
+
+log = logging.getLogger(__name__)
+
+Preview = Callable[[int, "Lora"], Any]
+"""Called with the step and the LoRA so far, while the base is free of training layers; returned pictures go to TensorBoard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """``path`` of the LoRA; ``losses`` one per step, of all sittings; ``seconds`` of training; ``notes`` for the user."""
+
+    path: Path
+    steps: int
+    seconds: float
+    losses: tuple[float, ...]
+    notes: tuple[str, ...]
+
+
+def train_concept(
+    config: ConceptConfig, progress: Report | None = None, preview: Preview | None = None, *, base: Base | None = None
+) -> TrainResult:
+    """Train a LoRA and write it to ``config.output``. A run found unfinished there is resumed.
+
+    Args:
+        progress: called after every step; None draws a bar on a terminal. It may raise ``CancelledError`` to stop resumably.
+        preview: see :data:`Preview`; called every ``preview_every`` steps and at the end, after saving. Its failures are only noted.
+        base: a loaded base to use instead of ``config.base``.
+
+    Raises:
+        StudioError: one sentence; bad input is found before any training.
+        CancelledError: stopped by the user after saving a checkpoint.
+    """
+    with _accelerator(config) as accelerator:
+        plan = prepare(config, base, accelerator.device, accelerator.num_processes)
+        try:
+            return _Run(plan, accelerator, preview).train(progress)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise OutOfMemoryError(_smaller(config)) from None
+
+
+@contextmanager
+def _accelerator(config: ConceptConfig) -> Iterator[Accelerator]:
+    """A fresh accelerator; its process-wide state is cleared afterwards, or the next run could not choose another precision."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise RequestError("precision 'fp16' needs a CUDA device: use 'fp32', or 'bf16'")
+    AcceleratorState._reset_state()
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=config.train_text != "none")
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        kwargs_handlers=[kwargs],
+    )
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _smaller(config: ConceptConfig) -> str:
+    advice = []
+    if config.batch > 1:
+        advice.append(f"batch {config.batch // 2} with accumulation {config.accumulation * 2}")
+    if not config.gradient_checkpointing:
+        advice.append("gradient_checkpointing true")
+    if config.precision == "fp32":
+        advice.append("precision bf16")
+    return f"out of memory with batch {config.batch}: try {', '.join(advice) or 'a smaller resolution'}"
+
+
+@dataclass(eq=False)
+class _Run:
+    """One training in progress."""
+
+    plan: Plan
+    accelerator: Accelerator
+    preview: Preview | None
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    adapters: Any = None
+    optimizer: Any = None
+    writer: Any = None
+
+    @property
+    def config(self) -> ConceptConfig:
+        return self.plan.config
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def train(self, report: Report | None) -> TrainResult:
+        from training.adapters import attached
+
+        self.notes = list(self.plan.notes)
+        for note in self.notes if self.main else ():
+            log.info(note)
+        with (
+            attached(self.plan.base, self.config) as adapters,
+            _checkpointing(self.plan.base, self.config),
+            self._tensorboard(),
+        ):
+            self.adapters = adapters
+            self._set_up()
+            with reporting(report if self.main else _silent, self.plan.steps, self.config.output.stem) as show:
+                self._loop(show)
+            if self.main:
+                self._finish()
+        return TrainResult(
+            path=self.config.output, steps=self.step, seconds=self.seconds, losses=tuple(self.losses), notes=tuple(self.notes)
+        )
+
+    def _set_up(self) -> None:
+        from training.batches import PRIOR, Captions, Source
+        from training.objective import Objective
+        from training.optim import make_optimizer
+        from training.state import find, load
+
+        plan, config = self.plan, self.config
+        self.captions = Captions(plan.base, config.cache_text)
+        self.source = Source(
+            plan.base,
+            plan.pictures,
+            plan.captions,
+            self.captions,
+            sizes=plan.sizes,
+            batch=config.batch,
+            seed=config.seed,
+            flip=config.flip,
+            dropout=config.caption_dropout,
+            noise_offset=config.noise_offset,
+            keep=config.cache_latents,
+        )
+        self.prior: Source | None = None
+        if config.prior == "images":
+            self.prior = Source(
+                plan.base,
+                plan.prior_pictures,
+                plan.prior_captions,
+                self.captions,
+                sizes=plan.sizes,
+                batch=config.prior_rows,
+                seed=config.seed,
+                kind=PRIOR,
+                keep=config.cache_latents,
+            )
+        self.prompts = [self.captions.number(text) for text in plan.prior_captions] if config.prior == "consistency" else []
+        if config.train_text == "none":
+            self.captions.warm()  # before autocast, whatever the precision
+        device = self.accelerator.device
+        objective = Objective(plan.base, self.adapters, self.captions, config, device)
+        optimizer = make_optimizer(config, self.adapters.groups(config))
+        found = find(config.work)
+        if found:
+            state = load(found, self._identity())
+            self.adapters.load(state.weights)
+            optimizer.load_state_dict(dict(state.optimizer))
+            self.step, self.losses, self.seconds = state.step, list(state.losses), state.seconds
+            self.notes.append(f"resumed at step {self.step}")
+        objective.train()
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+
+    def _loop(self, show: Report) -> None:
+        started, before, first = time.monotonic(), self.seconds, self.step
+        smooth: float | None = None
+        try:
+            while self.step < self.plan.steps:
+                loss = self._one_step()
+                self.step += 1
+                self.losses.append(loss)
+                self.seconds = before + time.monotonic() - started
+                smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+                left = (self.plan.steps - self.step) * (self.seconds - before) / (self.step - first)
+                self._after_step(loss)
+                show(Progress(self.step, self.plan.steps, smooth, left))
+        except (KeyboardInterrupt, CancelledError):
+            kept = self.main and self._checkpoint()
+            again = "run it again to go on" if kept else "nothing was kept"
+            raise CancelledError(f"stopped at step {self.step} of {self.plan.steps}: {again}") from None
+
+    def _one_step(self) -> float:
+        """One optimiser step; the loss over all its rows, of all processes."""
+        import torch
+
+        from training.optim import rate_share, set_rate
+
+        config, accelerator = self.config, self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for part in range(config.accumulation):
+            index = (self.step * config.accumulation + part) * accelerator.num_processes + accelerator.process_index
+            last = part == config.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(self.objective):
+                losses = self._losses(index)
+                accelerator.backward(losses["loss"] / config.accumulation)
+            total += losses["denoising"].detach() / config.accumulation
+        loss = float(accelerator.reduce(total, "mean"))
+        if loss != loss or abs(loss) == float("inf"):
+            raise NumericsError(
+                f"the loss became {loss} at step {self.step + 1}: lower learning_rate (now {config.learning_rate:g})"
+                + (", or use precision bf16" if config.precision == "fp16" else "")
+            )
+        if config.clip:
+            accelerator.clip_grad_norm_(list(self.adapters.weights().values()), config.clip)
+        set_rate(self.optimizer.optimizer, rate_share(self.step, self.plan.steps, config.warmup, config.schedule))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def _losses(self, index: int) -> Any:
+        import torch
+
+        from training.batches import PRIOR, stream
+
+        prompts = None
+        if self.prompts:
+            rows = min(self.config.prior_rows, self.config.batch)
+            picks = torch.randint(len(self.prompts), (rows,), generator=stream(self.config.seed, PRIOR, index))
+            prompts = torch.tensor(self.prompts)[picks]
+        return self.objective(self.source.batch(index), self.prior.batch(index) if self.prior else None, prompts)
+
+    def _after_step(self, loss: float) -> None:
+        """Save first, then sample: a preview can never cost the run."""
+        if not self.main:
+            return
+        config, last = self.config, self.step == self.plan.steps
+        if self.writer is not None:
+            self.writer.add_scalar("loss", loss, self.step)
+        if not last and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+            self._checkpoint()
+        if not last and config.save_every and self.step % config.save_every == 0:
+            from training.export import write
+
+            write(config.output.with_name(f"{config.output.stem}-{self.step:06d}.safetensors"), self._lora())
+        if not last and config.preview_every and self.step % config.preview_every == 0:
+            self._show_preview()
+
+    def _finish(self) -> None:
+        from training.export import write
+
+        write(self.config.output, self._lora())
+        self._show_preview()
+        if self.writer is None:
+            shutil.rmtree(self.config.work, ignore_errors=True)
+        else:
+            for folder in self.config.work.glob("checkpoint-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _lora(self) -> Lora:
+        from training.export import make_lora
+
+        return make_lora(self.plan, self.adapters.deltas(), self.step)
+
+    def _identity(self) -> dict[str, Any]:
+        from training.state import NEUTRAL
+
+        values = {key: value for key, value in self.plan.identity().items() if key not in NEUTRAL}
+        return values | {"processes": self.accelerator.num_processes}
+
+    def _checkpoint(self) -> bool:
+        """Whether it could be written; a full disk must not end a run that may still finish."""
+        from training.state import Checkpoint, save
+
+        state = Checkpoint(
+            self.step,
+            self.adapters.weights(),
+            self.optimizer.optimizer.state_dict(),
+            tuple(self.losses),
+            self.seconds,
+            self._identity(),
+        )
+        try:
+            save(self.config.work, state)
+        except FileError as error:
+            self._note(f"{error}; the last good checkpoint is kept")
+            return False
+        return True
+
+    def _show_preview(self) -> None:
+        from training.state import random_state_kept
+
+        if self.preview is None:
+            return
+        models = list(self.adapters.models.values())
+        modes = [model.training for model in models]
+        try:
+            with random_state_kept(), self.adapters.absent():
+                for model in models:
+                    model.eval()
+                pictures = self.preview(self.step, self._lora())
+            if self.writer is not None and isinstance(pictures, list | tuple):
+                import numpy as np
+
+                for number, picture in enumerate(pictures):
+                    self.writer.add_image(f"preview/{number}", np.asarray(picture), self.step, dataformats="HWC")
+        except Exception as error:  # whatever a preview does, the run goes on
+            text = str(error) if isinstance(error, StudioError) else f"{type(error).__name__}: {error}"
+            self._note(f"the preview at step {self.step} failed ({text})")
+        finally:
+            for model, training in zip(models, modes, strict=True):
+                model.train(training)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        log.warning(text)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        from importlib.util import find_spec
+
+        if not (self.config.tensorboard and self.main):
+            yield
+            return
+        if find_spec("tensorboard") is None:
+            self._note("tensorboard is not installed, so nothing is logged for it")
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.config.work / "tensorboard")) as self.writer:
+            yield
+
+
+def _silent(progress: Progress) -> None:
+    """Processes other than the first report nothing."""
+
+
+@contextmanager
+def _checkpointing(base: Base, config: ConceptConfig) -> Iterator[None]:
+    """Gradient checkpointing on the models in training, off again afterwards."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    base.unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        base.unet.disable_gradient_checkpointing()

@@ -1,0 +1,312 @@
+"""What one concept training is: a typed, frozen, versioned configuration, read from YAML or given as keywords.
+
+Nothing is guessed: an unknown key is an error that offers the near name, also when the key is another trainer's word for the
+same thing. Paths in a YAML file are relative to that file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from studio.errors import FileError, RequestError, UnknownNameError
+
+SECTIONS = ("attn", "attn+ff", "all")
+"""Named sets of layers a LoRA can be attached to; anything else in ``targets`` is a regular expression."""
+RANK_LIMIT = 512
+"""Above this a LoRA is larger than what it adapts; a rank this high is a typing mistake."""
+FOREIGN_NAMES = {
+    "lr": "learning_rate",
+    "unet_lr": "learning_rate",
+    "rate": "learning_rate",
+    "text_encoder_lr": "text_learning_rate",
+    "network_dim": "rank",
+    "linear": "rank",
+    "lora_rank": "rank",
+    "network_alpha": "alpha",
+    "linear_alpha": "alpha",
+    "batch_size": "batch",
+    "train_batch_size": "batch",
+    "max_train_steps": "steps",
+    "max_train_epochs": "epochs",
+    "trigger_word": "trigger",
+    "folder_path": "data",
+    "train_data_dir": "data",
+    "instance_data_dir": "data",
+    "output_dir": "output",
+    "output_name": "output",
+    "min_snr_gamma": "min_snr",
+    "snr_gamma": "min_snr",
+    "caption_dropout_rate": "caption_dropout",
+    "flip_aug": "flip",
+    "gradient_accumulation_steps": "accumulation",
+    "mixed_precision": "precision",
+    "lr_scheduler": "schedule",
+    "lr_warmup_steps": "warmup",
+    "pretrained_model_name_or_path": "base",
+    "num_repeats": "repeats",
+    "enable_bucket": "buckets",
+    "optimizer_type": "optimizer",
+    "prior_loss_weight": "prior_weight",
+    "max_grad_norm": "clip",
+}
+"""What kohya's scripts, diffusers' examples and ai-toolkit call our keys."""
+
+Rate = Annotated[float, Field(gt=0, le=10)]
+Factor = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConceptConfig(BaseModel):
+    """Everything that decides a concept LoRA. Two equal configurations give the same file, bit for bit, on the CPU."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    version: Literal[1] = 1
+    """Of this schema."""
+
+    data: Path
+    """Folder of pictures, captioned by ``.txt`` files of the same stem, or by ``metadata.jsonl`` or ``metadata.csv``."""
+    output: Path
+    """The ``.safetensors`` file to write; beside it ``<stem>.train/`` holds checkpoints while training."""
+    base: str = "embedded"
+    """Base model: a name, folder, single file or hub id, as for generating."""
+    kind: Literal["concept", "style"] = "concept"
+    """Recorded in the file; a style also has another caption template."""
+
+    trigger: str
+    """The new word. Captions hold it, or ``{trigger}`` in its place."""
+    class_word: str = ""
+    """What the thing is ("cat"); captions may hold ``{class_word}``."""
+    caption: str = ""
+    """Template for pictures without a caption; empty: "a {trigger} {class_word}", for a style "a picture in {trigger} style"."""
+    insert_trigger: bool = True
+    """Put the trigger into captions that lack it: before the class word, else in front."""
+
+    rank: Annotated[int, Field(ge=1, le=RANK_LIMIT)] = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Strength is ``alpha / rank``; None: equal to the rank."""
+    targets: str | tuple[str, ...] = "attn+ff"
+    """``attn``, ``attn+ff``, ``all`` (every linear layer and convolution), or regular expressions over UNet module names."""
+    block_rates: dict[str, Factor] = Field(default_factory=dict)
+    """Learning-rate factors by regular expression over UNet module names, first match wins; 0 leaves those layers out."""
+    train_text: Literal["none", "lora"] = "none"
+    """Whether the text encoder gets a LoRA too."""
+    text_learning_rate: Rate | None = None
+    """None: half of ``learning_rate``."""
+
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 400
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """When given, decides ``steps``: so many times through every picture times its repeats."""
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    batch: Annotated[int, Field(ge=1, le=1024)] = 8
+    accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
+    learning_rate: Rate = 1e-3
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 20
+    """Steps of linear warm-up."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "sgd"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    resolution: Annotated[int, Field(ge=16, le=4096)] | None = None
+    """Side in pixels of a square picture; None: what the base was trained on."""
+    buckets: bool = True
+    """Keep each picture's aspect ratio (same area); off: crop to a square."""
+    flip: bool = False
+    """Mirror half of the pictures and swap "left" and "right" in their captions. Off: many subjects are not symmetric."""
+    caption_dropout: Share = 0.05
+    """How often a caption is left empty, which teaches guidance."""
+
+    min_snr: Annotated[float, Field(gt=0)] | None = 5.0
+    """Gamma of min-SNR weighting; null weighs every noise level alike."""
+    noise_offset: Share = 0.0
+    prior: Literal["none", "images", "consistency"] = "none"
+    """Against forgetting: pictures of the class, or agreement with the frozen base on class and everyday prompts (no pictures)."""
+    prior_data: Path | None = None
+    """Folder of class pictures for ``prior: images``."""
+    prior_prompts: tuple[str, ...] = ()
+    """Prompts to protect; empty: the class word and a list of everyday things."""
+    prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.3
+    prior_batch: Annotated[int, Field(ge=1)] | None = None
+    """Rows of a batch spent on the prior; None: half as many as ``batch``."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    cache_latents: bool = True
+    cache_text: bool = True
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    device: str = "auto"
+    """``auto``, ``cpu`` or ``cuda``; under ``accelerate launch`` each process takes its own."""
+
+    checkpoint_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between resumable checkpoints; 0: none."""
+    save_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between LoRA files kept beside the output as ``<stem>-<step>.safetensors``; 0: none."""
+    preview_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between previews; 0: none."""
+    tensorboard: bool = False
+    """Write the loss to ``<stem>.train/tensorboard`` when the package is installed."""
+
+    allow_one_image: bool = False
+    allow_known_trigger: bool = False
+
+    @field_validator("trigger")
+    @classmethod
+    def _trigger(cls, value: str) -> str:
+        value = " ".join(value.split())
+        if not value:
+            raise ValueError("trigger is empty: give the new word that calls the concept, such as 'zqx'")
+        if "{" in value or "}" in value:
+            raise ValueError(f"trigger '{value}' holds a brace: give a plain word")
+        return value
+
+    @field_validator("class_word")
+    @classmethod
+    def _class_word(cls, value: str) -> str:
+        return " ".join(value.split())
+
+    @field_validator("output")
+    @classmethod
+    def _output(cls, value: Path) -> Path:
+        if value.suffix != ".safetensors":
+            raise ValueError(f"output '{value}' must end in .safetensors")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _targets(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for pattern in (value,) if isinstance(value, str) else value:
+            _compiled(pattern, "targets")
+        return value
+
+    @field_validator("block_rates")
+    @classmethod
+    def _block_rates(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern in value:
+            _compiled(pattern, "block_rates")
+        return value
+
+    @field_validator("caption", "prior_prompts")
+    @classmethod
+    def _placeholders(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for text in (value,) if isinstance(value, str) else value:
+            for name in re.findall(r"\{([^{}]*)\}", text):
+                if name not in ("trigger", "class_word"):
+                    raise ValueError(f"'{text}' names '{{{name}}}', but only {{trigger}} and {{class_word}} are filled in")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.prior == "images" and self.prior_data is None:
+            raise ValueError(
+                "prior 'images' needs prior_data, a folder of class pictures; without pictures use prior 'consistency'"
+            )
+        if self.prior != "images" and self.prior_data is not None:
+            raise ValueError(f"prior_data is given but prior is '{self.prior}': set prior to 'images'")
+        if self.prior == "images" and not self.class_word and not self.prior_prompts:
+            raise ValueError("prior 'images' needs class_word, or prior_prompts that caption those pictures")
+        if self.train_text == "none" and self.text_learning_rate is not None:
+            raise ValueError("text_learning_rate is given but train_text is 'none': set train_text to 'lora'")
+        return self
+
+    @property
+    def strength(self) -> float:
+        """Alpha as used: the rank when none is given."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def template(self) -> str:
+        """The caption of a picture that has none."""
+        if self.caption:
+            return self.caption
+        if self.kind == "style":
+            return "a picture in {trigger} style"
+        return "a {trigger} {class_word}" if self.class_word else "a {trigger}"
+
+    @property
+    def prior_rows(self) -> int:
+        """Rows a batch spends on the prior."""
+        return self.prior_batch or max(self.batch // 2, 1)
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints and logs lie while training."""
+        return self.output.with_suffix(".train")
+
+    def fill(self, text: str) -> str:
+        """``text`` with its placeholders filled in and spaces tidied."""
+        return " ".join(text.replace("{trigger}", self.trigger).replace("{class_word}", self.class_word).split())
+
+
+def _compiled(pattern: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern if pattern not in SECTIONS else re.escape(pattern))
+    except re.error as error:
+        raise ValueError(f"{key}: '{pattern}' is not one of {', '.join(SECTIONS)} nor a regular expression ({error})") from None
+
+
+def make_config(**values: Any) -> ConceptConfig:
+    """A checked configuration.
+
+    Raises:
+        UnknownNameError: a key that does not exist.
+        RequestError: a value missing or out of range; one sentence for the first of them.
+    """
+    for key in values:
+        if key not in ConceptConfig.model_fields:
+            known = FOREIGN_NAMES.get(key)
+            if known:
+                raise RequestError(f"unknown training option '{key}': here it is called '{known}'")
+            raise UnknownNameError("training option", key, ConceptConfig.model_fields)
+    try:
+        return ConceptConfig(**values)
+    except ValidationError as error:
+        raise RequestError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    text = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return text
+    key = ".".join(
+        str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-", "str", "tuple["))
+    )
+    if first["type"] == "missing":
+        return f"training option '{key}' is missing"
+    return f"training option '{key}' is {first['input']!r}: {text[0].lower()}{text[1:]}"
+
+
+def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
+    """Read a YAML file; keywords win over the file. Paths of the file are relative to its folder.
+
+    Raises:
+        FileError: the file is missing or not YAML.
+        RequestError: as :func:`make_config`.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read the training file '{path}': {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise FileError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise FileError(f"'{path}' must hold 'option: value' lines, such as 'trigger: zqx'")
+    for key in ("data", "output", "prior_data"):
+        if isinstance(values.get(key), str):
+            values[key] = path.parent / Path(values[key]).expanduser()
+    return make_config(**{str(key): value for key, value in values.items()} | overrides)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for every value that differs."""
+    keys = sorted(old.keys() | new.keys())
+    return [f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}" for key in keys if old.get(key) != new.get(key)]

@@ -1,0 +1,72 @@
+"""The maths of a denoising loss, as pure functions.
+
+Shapes: latents ``x``, noise and predictions ``[B, C, H, W]``; timesteps ``t [B]`` int64; ``alphas_cumprod [T]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """``values[t]`` shaped to broadcast over ``like``."""
+    return values.to(like.device, like.dtype)[t].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps`` (Ho et al., 2020, eq. 4)."""
+    abar = at(alphas_cumprod, t, x)
+    return abar.sqrt() * x + (1 - abar).sqrt() * noise
+
+
+def velocity(x: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """``v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x`` (Salimans & Ho, 2022)."""
+    abar = at(alphas_cumprod, t, x)
+    return abar.sqrt() * noise - (1 - abar).sqrt() * x
+
+
+def target(kind: str, x: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """What the UNet should say: ``epsilon``, ``v_prediction`` or ``sample``."""
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return velocity(x, noise, t, alphas_cumprod)
+    if kind == "sample":
+        return x
+    raise ValueError(f"prediction type {kind!r}")
+
+
+def snr(t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Signal-to-noise ratio ``abar / (1 - abar)``, ``[B]``, 0 at a zero-terminal-SNR end."""
+    abar = alphas_cumprod.to(t.device, torch.float32)[t]
+    return abar / (1 - abar)
+
+
+def min_snr_weights(t: Tensor, alphas_cumprod: Tensor, gamma: float | None, kind: str = "epsilon") -> Tensor:
+    """Min-SNR-gamma (Hang et al., 2023, section 3.4): ``min(SNR, gamma)`` for x-prediction, over ``SNR`` for epsilon and over
+    ``SNR + 1`` for v. ``[B]``; all one without a gamma. At SNR 0 epsilon's weight is its limit, 1."""
+    if gamma is None:
+        return torch.ones(t.shape, device=t.device)
+    ratio = snr(t, alphas_cumprod)
+    clipped = ratio.clamp(max=gamma)
+    if kind == "sample":
+        return clipped
+    if kind == "v_prediction":
+        return clipped / (ratio + 1)
+    return torch.where(ratio > 0, clipped / ratio.clamp_min(1e-12), torch.ones_like(ratio))
+
+
+def weighted_mse(prediction: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Mean over rows of ``weights [B]`` times each row's mean squared error, in float32."""
+    rows = (prediction.float() - wanted.float()).square().flatten(1).mean(1)
+    return (rows * weights).mean()
+
+
+def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
+    """``[count]`` int64: one uniform draw in each of ``count`` equal slices of ``0..steps-1``, in random order.
+
+    Every element alone is uniform; the batch covers all noise levels, so the loss swings less than with independent draws.
+    """
+    slices = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    return (slices * (steps / count)).long().clamp(max=steps - 1)

@@ -1,0 +1,87 @@
+"""What a concept LoRA minimises: the denoising loss on its pictures, and a term against forgetting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from training.adapters import Adapters
+from training.batches import Batch, Captions
+from training.losses import add_noise, min_snr_weights, target, weighted_mse
+from training.text import TextStates, encode_ids
+
+if TYPE_CHECKING:
+    from studio.base import Base
+    from training.config import ConceptConfig
+
+
+class Objective(nn.Module):
+    """``forward`` gives the losses of one micro-batch: the module that accelerate wraps, so that gradients of several processes meet.
+
+    The denoising loss is ``w(t) |eps_lora(x_t, t, c) - target|^2`` with min-SNR weights ``w``. The prior adds ``prior_weight`` times
+    the same loss on pictures of the class (DreamBooth, Ruiz et al., 2023, eq. 2), or without pictures
+    ``w(t) |eps_lora(x_t, t, c') - eps_base(x_t, t, c')|^2`` on class and everyday prompts c' (BA-LoRA's consistency term, in noise space).
+    """
+
+    def __init__(self, base: Base, adapters: Adapters, captions: Captions, config: ConceptConfig, device: torch.device) -> None:
+        super().__init__()
+        self.unet = base.unet
+        self.encoders = nn.ModuleList(m for key, m in base.models().items() if key != "unet" and config.train_text != "none")
+        self._base, self._adapters, self._captions, self._config = base, adapters, captions, config
+        self._device = device
+        self._abar: Tensor = base.scheduler.alphas_cumprod.to(device)
+        self._kind = str(base.scheduler.config["prediction_type"])
+
+    def forward(self, batch: Batch, prior: Batch | None = None, prompts: Tensor | None = None) -> Mapping[str, Tensor]:
+        """``loss`` to minimise, and its parts ``denoising`` and ``prior`` for the log.
+
+        Args:
+            batch: rows of the concept.
+            prior: rows of class pictures.
+            prompts: caption numbers for consistency, one for each of the first rows of ``batch``.
+        """
+        losses = {"denoising": self._denoising(batch)}
+        if prior is not None:
+            losses["prior"] = self._denoising(prior)
+        if prompts is not None:
+            losses["prior"] = self._consistency(batch, prompts)
+        total = losses["denoising"] + self._config.prior_weight * losses["prior"] if "prior" in losses else losses["denoising"]
+        return {"loss": total} | losses
+
+    def _noised(self, batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        latents, noise, t = (value[:rows].to(self._device) for value in (batch.latents, batch.noise, batch.t))
+        return latents, noise, t, add_noise(latents, noise, t, self._abar)
+
+    def _denoising(self, batch: Batch) -> Tensor:
+        latents, noise, t, noised = self._noised(batch, len(batch.t))
+        said = self._predict(noised, t, self._text(batch.captions))
+        wanted = target(self._kind, latents, noise, t, self._abar)
+        return weighted_mse(said, wanted, self._weights(t))
+
+    def _consistency(self, batch: Batch, prompts: Tensor) -> Tensor:
+        _, _, t, noised = self._noised(batch, len(prompts))
+        with torch.no_grad(), self._adapters.absent():
+            teacher = self._predict(noised, t, self._captions.states(prompts).to(self._device))
+        return weighted_mse(self._predict(noised, t, self._text(prompts)), teacher, self._weights(t))
+
+    def _weights(self, t: Tensor) -> Tensor:
+        return min_snr_weights(t, self._abar, self._config.min_snr, self._kind)
+
+    def _text(self, numbers: Tensor) -> TextStates:
+        if self._config.train_text == "none":
+            return self._captions.states(numbers).to(self._device)
+        return encode_ids(self._base, self._captions.ids(numbers))
+
+    def _predict(self, noised: Tensor, t: Tensor, text: TextStates) -> Tensor:
+        kind = self.unet.dtype
+        added: dict[str, Tensor] | None = None
+        if text.pooled is not None:
+            height, width = (side * self._base.latent_factor for side in noised.shape[-2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=kind, device=noised.device)
+            added = {"text_embeds": text.pooled.to(kind), "time_ids": sizes.expand(len(t), -1)}
+        unet: Any = self.unet
+        said: Tensor = unet(noised.to(kind), t, text.states.to(kind), added_cond_kwargs=added).sample
+        return said

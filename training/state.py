@@ -1,0 +1,143 @@
+"""Resumable training state: ``checkpoint-<step>`` folders that appear whole or not at all.
+
+Random numbers and data order are pure functions of (seed, step) in this trainer, so weights, optimiser, step and losses are the
+whole state. A checkpoint is written under another name, flushed to the disk and renamed; the one before is deleted only then. A run
+that is killed at any moment, or whose disk fills up, keeps its last good checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from studio.errors import FileError, RequestError
+from training.config import differences
+
+FACTS = "facts.json"
+NEUTRAL = frozenset(
+    {"output", "device", "checkpoint_every", "save_every", "preview_every", "tensorboard", "cache_text", "cache_latents"}
+)
+"""Options that do not change what is learnt: a run may be resumed with others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """``weights`` by name; ``optimizer`` a ``state_dict``; ``losses`` one per finished step; ``identity`` what the run is."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    losses: tuple[float, ...]
+    seconds: float
+    identity: Mapping[str, Any]
+
+
+def save(folder: Path, state: Checkpoint) -> Path:
+    """Write ``checkpoint-<step>`` into ``folder`` and delete older ones.
+
+    Raises:
+        FileError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    final = folder / f"checkpoint-{state.step:06d}"
+    fresh = folder / f".{final.name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in state.weights.items()}, fresh / "weights.safetensors"
+        )
+        torch.save(dict(state.optimizer), fresh / "optimizer.pt")
+        facts = {"step": state.step, "losses": list(state.losses), "seconds": state.seconds, "identity": dict(state.identity)}
+        (fresh / FACTS).write_text(json.dumps(facts), "utf-8")
+        for path in fresh.iterdir():
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        fresh.rename(final)
+        _flush(folder)
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as their own kinds of RuntimeError
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise FileError(f"cannot write the checkpoint '{final}': {_reason(error)}") from None
+    except Exception as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise FileError(f"cannot write the checkpoint '{final}': {_reason(error)}") from None
+    for old in _checkpoints(folder):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or str(error).splitlines()[0])
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and (p / FACTS).is_file())
+
+
+def find(folder: Path) -> Path | None:
+    """The newest whole checkpoint, if there is one."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+    """Read a checkpoint of the run called ``identity``.
+
+    Raises:
+        RequestError: it belongs to another configuration, data set or base; the message lists what differs.
+        FileError: it cannot be read.
+    """
+    advice = f"delete '{path.parent}' to start over"
+    try:
+        facts = json.loads((path / FACTS).read_text("utf-8"))
+        changed = differences(facts["identity"], json.loads(json.dumps(dict(identity))))
+        if changed:
+            raise RequestError(
+                f"the run in '{path.parent}' was started with other values ({'; '.join(changed)}): set them back to resume, or {advice}"
+            )
+        weights = load_file(path / "weights.safetensors")
+        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        return Checkpoint(facts["step"], weights, optimizer, tuple(facts["losses"]), facts["seconds"], facts["identity"])
+    except RequestError:
+        raise
+    except Exception as error:
+        raise FileError(f"cannot read the checkpoint '{path}' ({_reason(error)}): {advice}") from None
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever runs inside, the global random generators (Python, NumPy, torch, CUDA) go on as if it had not."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

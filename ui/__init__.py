@@ -1,0 +1,1 @@
+"""People and their doors: the ``studio`` command, its doctor and its demo. Nothing imports this room."""

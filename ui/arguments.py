@@ -1,0 +1,37 @@
+"""The command line's own small notations, and names for files nobody named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs, values read as YAML (``0.5``, ``true``, ``[a, b]``, ``null``).
+
+    Raises:
+        RequestError: no equals sign, or a value that is not YAML.
+    """
+    import yaml
+
+    from studio.errors import RequestError
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise RequestError(f"--set '{text}' is not KEY=VALUE, for example min_snr=5")
+        try:
+            values[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RequestError(f"--set '{text}': '{value}' is not a YAML value, for example 5, true or [a, b]") from None
+    return values
+
+
+def free_path(folder: Path, words: str, suffix: str) -> Path:
+    """A path in ``folder`` that nothing has yet, named after ``words``: ``0007-a-red-fox.png``."""
+    stem = "-".join(re.findall(r"[a-z0-9]+", words.lower()))[:48].strip("-") or "picture"
+    taken = [int(match[1]) for path in folder.glob("*") if (match := re.match(r"(\d{4,})-", path.name))]
+    return folder / f"{max(taken, default=0) + 1:04d}-{stem}{suffix}"

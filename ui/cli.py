@@ -1,0 +1,165 @@
+"""The ``studio`` command. Rooms are imported inside the commands, so that help appears at once and needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ui import console, lora_cli, train_cli
+from ui.arguments import free_path
+from ui.console import Json
+from ui.rooms import DISTRIBUTION, shadowed
+
+OUTPUTS = Path("outputs")
+"""Where results go when no file is named, relative to the working directory."""
+
+EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in console.EXIT_CODES.items()) + "."
+
+app = typer.Typer(
+    name="studio",
+    help="Teach diffusion models subjects and styles as LoRAs, and put several of them into one picture.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(train_cli.app, name="train")
+app.add_typer(lora_cli.app, name="lora")
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="PNG to write; with several pictures, numbered beside it.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from studio import __version__
+
+        print(f"{DISTRIBUTION} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options in front of the command; ``--version`` ends in its callback."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw; hold the trigger words of the LoRAs in it.")],
+    lora: Annotated[list[str] | None, typer.Option("--lora", "-l", metavar="NAME_OR_FILE[:WEIGHT]", help="Repeatable.")] = None,
+    base: Annotated[str, typer.Option(help="Base model: 'embedded', a diffusers folder or a hub id.")] = "embedded",
+    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default the base's own.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the first picture; the next has seed + 1. By default random.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; by default the base's own.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Sampler, for example dpmpp_2m, ddim, euler.")] = None,
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Draw PROMPT, with any number of LoRAs."""
+    given: dict[str, Any] = {
+        "negative": negative,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "scheduler": scheduler,
+        "size": size,
+    }
+    fields = {key: value for key, value in given.items() if value is not None}
+    with console.speaking(json) as voice:
+        from pipelines import generate as draw
+
+        _check_png(out)
+        result = draw(prompt, loras=tuple(lora or ()), base=base, count=count, **fields)
+        _deliver(voice, result, out or free_path(OUTPUTS, prompt, ".png"))
+
+
+@app.command()
+def rerun(
+    file: Annotated[Path, typer.Argument(help="A PNG this studio wrote.")],
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Make the picture in FILE again from the request it carries."""
+    with console.speaking(json) as voice:
+        from pipelines import rerun as draw_again
+
+        _check_png(out)
+        result = draw_again(file)
+        _deliver(voice, result, out or free_path(OUTPUTS, f"{file.stem.lstrip('0123456789-')} again", ".png"))
+
+
+def _check_png(out: Path | None) -> None:
+    """Before any work: drawing may take minutes, and only PNG carries the request."""
+    from studio.errors import RequestError
+
+    if out is not None and out.suffix.lower() != ".png":
+        raise RequestError(f"--out '{out}' is not a .png: pictures are written as PNG, which carries the request")
+
+
+def _deliver(voice: console.Voice, result: Any, path: Path) -> None:
+    files = [str(file) for file in result.save(path)]
+    for note in result.notes:
+        voice.note(f"note: {note}")
+    payload = {
+        "files": files,
+        "seeds": list(result.seeds),
+        "seconds": round(result.seconds, 3),
+        "notes": list(result.notes),
+        "request": result.request.model_dump(mode="json"),
+    }
+    voice.answer(payload, "\n".join(files))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine can do, which kernels really run, and what is missing."""
+    with console.speaking(json) as voice:
+        from ui.doctor import examine, table
+
+        findings = examine(OUTPUTS)
+        missing = [f for f in findings if f.state == "missing"]
+        payload = {"ready": not missing, "findings": [f.as_dict() for f in findings]}
+        voice.answer(payload, table(findings))
+        if missing:
+            voice.note("missing: " + "; ".join(f"{f.name} ({f.detail})" for f in missing))
+            raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for pictures and the taught LoRA.")] = OUTPUTS / "demo",
+    checkout: Annotated[
+        Path | None, typer.Option(help="A checkout of this project, whose tests hold the judge; by default this one.")
+    ] = None,
+) -> None:
+    """Two taught subjects side by side, one more taught live, and a contact sheet of both with the judge's verdicts."""
+    with console.speaking() as voice:
+        from ui.demo import run_demo
+
+        run_demo(out, voice, checkout)
+
+
+def main() -> None:
+    """The console script."""
+    foreign = shadowed()
+    if foreign:
+        print(
+            f"error: {'; '.join(foreign)}: another installed package takes the name; install {DISTRIBUTION} "
+            "in an environment of its own",
+            file=sys.stderr,
+        )
+        sys.exit(9)
+    sys.exit(console.run(app))
+
+
+if __name__ == "__main__":
+    main()
