@@ -1,4 +1,4 @@
-"""LoRA layers on a base while it is trained: attached by PEFT, exported as :class:`studio.lora.model.Lora`, and gone afterwards."""
+"""LoRA layers on a base while it is trained: attached by PEFT, exported as deltas, and gone afterwards."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def target_names(model: nn.Module, targets: str | Sequence[str], rates: Mapping[
 
 
 def text_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the text-encoder layers that go with ``targets``: attention, and the feed-forward unless only ``attn`` is asked."""
+    """Names of the text-encoder layers that go with ``targets``: attention, and the feed-forward unless it is ``attn``."""
     patterns = (TEXT_ATTENTION,) if targets == "attn" else (TEXT_ATTENTION, TEXT_FEED_FORWARD)
     return [
         name
@@ -112,7 +112,7 @@ class Adapters:
                 parameter.copy_(weights[key])
 
     def groups(self, config: ConceptConfig) -> list[dict[str, Any]]:
-        """Optimiser groups, one per learning rate, in the order of :meth:`weights`; ``initial_lr`` is what a schedule scales."""
+        """Optimiser groups, one per learning rate, in a fixed order; ``initial_lr`` is what a schedule scales."""
         text_rate = config.learning_rate / 2 if config.text_learning_rate is None else config.text_learning_rate
         groups: dict[float, list[nn.Parameter]] = {}
         for key, parameter in self.weights().items():

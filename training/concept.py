@@ -1,7 +1,8 @@
 """Teach a base a concept or style from a few pictures: one LoRA file, made on accelerate and PEFT.
 
-Every batch is a pure function of the seed and its number (see ``training.batches``), so a run killed at any moment and started again
-ends with the same bits as one that was never stopped, and ``accelerate launch`` on n processes sees the data of n-fold accumulation.
+Every batch is a pure function of the seed and its number (see ``training.batches``), so a run killed at any moment and
+started again ends with the same bits as one that was never stopped, and ``accelerate launch`` on n processes sees the data
+of n-fold accumulation.
 """
 
 from __future__ import annotations
@@ -21,14 +22,11 @@ from training.plan import Plan, prepare
 from training.progress import Progress, Report, reporting
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
     from studio.base import Base
     from studio.lora.model import Lora
-    from training.adapters import Adapters
-    from training.batches import Captions, Source
-    from training.objective import Objective
+    from training.batches import Source
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,8 @@ def train_concept(
 
     Args:
         progress: called after every step; None draws a bar on a terminal. It may raise ``CancelledError`` to stop resumably.
-        preview: see :data:`Preview`; called every ``preview_every`` steps and at the end, after saving. Its failures are only noted.
+        preview: see :data:`Preview`; called every ``preview_every`` steps and at the end, after saving. Its failures are
+            only noted.
         base: a loaded base to use instead of ``config.base``.
 
     Raises:
@@ -197,6 +196,9 @@ class _Run:
         device = self.accelerator.device
         objective = Objective(plan.base, self.adapters, self.captions, config, device)
         optimizer = make_optimizer(config, self.adapters.groups(config))
+        if config.restart and self.main:
+            shutil.rmtree(config.work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         found = find(config.work)
         if found:
             state = load(found, self._identity())

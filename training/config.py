@@ -83,7 +83,7 @@ class ConceptConfig(BaseModel):
     class_word: str = ""
     """What the thing is ("cat"); captions may hold ``{class_word}``."""
     caption: str = ""
-    """Template for pictures without a caption; empty: "a {trigger} {class_word}", for a style "a picture in {trigger} style"."""
+    """For pictures without a caption; empty: "a {trigger} {class_word}", for a style "a picture in {trigger} style"."""
     insert_trigger: bool = True
     """Put the trigger into captions that lack it: before the class word, else in front."""
 
@@ -128,7 +128,7 @@ class ConceptConfig(BaseModel):
     """Gamma of min-SNR weighting; null weighs every noise level alike."""
     noise_offset: Share = 0.0
     prior: Literal["none", "images", "consistency"] = "none"
-    """Against forgetting: pictures of the class, or agreement with the frozen base on class and everyday prompts (no pictures)."""
+    """Against forgetting: pictures of the class, or agreement with the frozen base on class and everyday prompts."""
     prior_data: Path | None = None
     """Folder of class pictures for ``prior: images``."""
     prior_prompts: tuple[str, ...] = ()
@@ -154,6 +154,8 @@ class ConceptConfig(BaseModel):
     tensorboard: bool = False
     """Write the loss to ``<stem>.train/tensorboard`` when the package is installed."""
 
+    restart: bool = False
+    """Start over when an unfinished run lies at the output, instead of resuming it."""
     allow_one_image: bool = False
     allow_known_trigger: bool = False
 

@@ -1,6 +1,6 @@
 """Training pictures: reading a folder, sorting into aspect buckets, and which picture is in which batch.
 
-The order of batches is a pure function of the seed and the batch number, so the data position of a resumed run is its step count.
+The order of batches is a pure function of the seed and the batch number: the data position of a run is its step count.
 """
 
 from __future__ import annotations

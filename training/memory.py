@@ -33,7 +33,7 @@ class Memory:
 
 
 def estimate(base: Base, config: ConceptConfig, layers: Mapping[str, Sequence[str]], size: tuple[int, int]) -> Memory:
-    """Memory of training ``layers`` of ``base`` on pictures of ``size`` (width, height). Measured to be within about a third."""
+    """Memory of training ``layers`` of ``base`` on pictures of ``size`` (width, height). An estimate, not a promise."""
     weights = sum(_bytes(model) for model in base.models().values()) + _bytes(base.vae)
     parameters = parameter_count(base, config.rank, layers)
     adapters = parameters * (4 + 4 + OPTIMIZER_BYTES[config.optimizer])

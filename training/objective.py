@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 class Objective(nn.Module):
-    """``forward`` gives the losses of one micro-batch: the module that accelerate wraps, so that gradients of several processes meet.
+    """The module that accelerate wraps, so that gradients of several processes meet; ``forward`` gives a micro-batch's losses.
 
-    The denoising loss is ``w(t) |eps_lora(x_t, t, c) - target|^2`` with min-SNR weights ``w``. The prior adds ``prior_weight`` times
-    the same loss on pictures of the class (DreamBooth, Ruiz et al., 2023, eq. 2), or without pictures
-    ``w(t) |eps_lora(x_t, t, c') - eps_base(x_t, t, c')|^2`` on class and everyday prompts c' (BA-LoRA's consistency term, in noise space).
+    The denoising loss is ``w(t) |eps_lora(x_t, t, c) - target|^2`` with min-SNR weights ``w``. The prior adds
+    ``prior_weight`` times the same loss on pictures of the class (DreamBooth, Ruiz et al., 2023, eq. 2), or without pictures
+    ``w(t) |eps_lora(x_t, t, c') - eps_base(x_t, t, c')|^2`` on class and everyday prompts c' (BA-LoRA's consistency term,
+    in noise space).
     """
 
     def __init__(self, base: Base, adapters: Adapters, captions: Captions, config: ConceptConfig, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Everything decided and checked before a training starts: pictures, captions, layers, steps; and its description for a dry run."""
+"""Everything decided and checked before a training starts: pictures, captions, layers, steps. Its text is the dry run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVERYDAY = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """A checked run. ``captions`` belong to ``pictures``; ``sizes`` are the allowed (width, height); ``notes`` are for the user."""
+    """A checked run. ``captions`` belong to ``pictures``; ``sizes`` are allowed (width, height); ``notes`` are for the user."""
 
     config: ConceptConfig
     base: Base
@@ -200,7 +200,7 @@ def _captions(config: ConceptConfig, pictures: Sequence[Picture]) -> tuple[list[
 
 
 def _prior_prompts(config: ConceptConfig, captions: Sequence[str]) -> list[str]:
-    """Prompts on which the LoRA should agree with the frozen base: the captions without the trigger, the class, everyday things."""
+    """Prompts on which LoRA and frozen base should agree: the captions without the trigger, the class, everyday things."""
     if config.prior_prompts:
         return [config.fill(text) for text in config.prior_prompts]
     own = dict.fromkeys(without_trigger(text, config.trigger) for text in captions)

@@ -1,8 +1,8 @@
 """Resumable training state: ``checkpoint-<step>`` folders that appear whole or not at all.
 
-Random numbers and data order are pure functions of (seed, step) in this trainer, so weights, optimiser, step and losses are the
-whole state. A checkpoint is written under another name, flushed to the disk and renamed; the one before is deleted only then. A run
-that is killed at any moment, or whose disk fills up, keeps its last good checkpoint.
+Random numbers and data order are pure functions of (seed, step) in this trainer, so weights, optimiser, step and losses are
+the whole state. A checkpoint is written under another name, flushed to the disk and renamed; the one before is deleted only
+then. A run that is killed at any moment, or whose disk fills up, keeps its last good checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ from training.config import differences
 
 FACTS = "facts.json"
 NEUTRAL = frozenset(
-    {"output", "device", "checkpoint_every", "save_every", "preview_every", "tensorboard", "cache_text", "cache_latents"}
+    {
+        "output",
+        "device",
+        "checkpoint_every",
+        "save_every",
+        "preview_every",
+        "tensorboard",
+        "restart",
+        "cache_text",
+        "cache_latents",
+    }
 )
 """Options that do not change what is learnt: a run may be resumed with others."""
 
@@ -114,13 +124,14 @@ def load(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
         RequestError: it belongs to another configuration, data set or base; the message lists what differs.
         FileError: it cannot be read.
     """
-    advice = f"delete '{path.parent}' to start over"
+    advice = "set restart to true to start over"
     try:
         facts = json.loads((path / FACTS).read_text("utf-8"))
         changed = differences(facts["identity"], json.loads(json.dumps(dict(identity))))
         if changed:
             raise RequestError(
-                f"the run in '{path.parent}' was started with other values ({'; '.join(changed)}): set them back to resume, or {advice}"
+                f"the run in '{path.parent}' was started with other values ({'; '.join(changed)}): "
+                f"set them back to resume, or {advice}"
             )
         weights = load_file(path / "weights.safetensors")
         optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -134,10 +145,10 @@ def load(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Whatever runs inside, the global random generators (Python, NumPy, torch, CUDA) go on as if it had not."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - previews may use either generator
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -63,7 +63,7 @@ def encode(base: Base, prompts: Sequence[str], chunk: int = 32) -> TextStates:
 
 
 def known_words(base: Base, text: str) -> bool:
-    """Whether every word of ``text`` is one token of the base's vocabulary, so that the base may already mean something by it."""
+    """Whether every word of ``text`` is one token of the base's vocabulary, so that it may already mean something there."""
     tokenizer = base.tokenizer
     words = re.findall(r"\S+", text.lower())
     pieces = [tokenizer.tokenize(word) for word in words]

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from studio.lora.convert import convert_pickle as convert_pickle
     from studio.lora.files import Match as Match
     from studio.lora.files import check_against as check_against
     from studio.lora.files import load_lora as load_lora
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from studio.lora.write import save_lora as save_lora
 
 _HOMES = {
+    "convert_pickle": "convert",
     "Match": "files",
     "check_against": "files",
     "load_lora": "files",

@@ -138,9 +138,10 @@ class Judge:
         found, paper = self.findings(picture, wanted, limit=max(3, len(wanted) + 1))
         return Judgement(decide(self.bank, found, wanted, self.tau), found, paper)
 
-    def again(self, judgement: Judgement, wanted: Sequence[Wanted]) -> Judgement:
-        """The same findings judged against another request, without looking anew."""
-        return Judgement(decide(self.bank, judgement.findings, wanted, self.tau), judgement.findings, judgement.paper)
+    def again(self, judgement: Judgement, wanted: Sequence[Wanted], tau: float | None = None) -> Judgement:
+        """The same findings judged against another request or tau, without looking anew."""
+        verdicts = decide(self.bank, judgement.findings, wanted, self.tau if tau is None else tau)
+        return Judgement(verdicts, judgement.findings, judgement.paper)
 
     def accessory(self, picture: Picture, finding: Finding) -> str | None:
         """The accessory the subject of ``finding`` wears, ``None`` for none."""

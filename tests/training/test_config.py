@@ -61,7 +61,9 @@ def test_missing_value_is_named() -> None:
         make_config(data="d", output="o.safetensors")
 
 
-@pytest.mark.parametrize(("text", "said"), [("- a\n", "option: value"), ("a: [", "not YAML"), ("!!python/object:x {}", "not YAML")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("- a\n", "option: value"), ("a: [", "not YAML"), ("!!python/object:x {}", "not YAML")]
+)
 def test_bad_files(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "job.yaml").write_text(text)
     with pytest.raises(FileError, match=said):

@@ -46,7 +46,8 @@ def test_metadata_tables(tmp_path: Path, kind: str) -> None:
         (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     else:
         (tmp_path / "metadata.csv").write_text('file_name,prompt,repeats\na.png,a cat,\nsub/b.png,"a dog",3\n')
-    assert [(p.path.name, p.caption, p.repeats) for p in read_folder(tmp_path)] == [("a.png", "a cat", 1), ("b.png", "a dog", 3)]
+    found = [(p.path.name, p.caption, p.repeats) for p in read_folder(tmp_path)]
+    assert found == [("a.png", "a cat", 1), ("b.png", "a dog", 3)]
 
 
 def test_kohya_subfolders(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_batches_depend_on_number_and_seed_only() -> None:
     plan, same, other = (BatchPlan((tuple(range(20)),), 4, seed) for seed in (1, 1, 2))
     assert plan.items(33) == same.items(33)
     assert [plan.items(k) for k in range(9)] != [other.items(k) for k in range(9)]
-    assert sorted(sum((plan.items(k) for k in range(5)), [])) == list(range(20))
+    assert sorted(item for k in range(5) for item in plan.items(k)) == list(range(20))
 
 
 def test_caption_edits() -> None:

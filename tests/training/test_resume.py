@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
 
 
 def test_killed_runs_end_with_the_same_bits(job: Path, configure: Configure, tmp_path: Path) -> None:
-    """Killed with SIGKILL twice, at unforeseen moments, then finished: the file is that of a run in another, untouched process."""
+    """Killed with SIGKILL twice, at unforeseen moments, then finished: the file is that of an untouched run elsewhere."""
     changes = {"steps": 60, "prior": "consistency", "train_text": "lora", "checkpoint_every": 3}
     whole = configure(output=tmp_path / "whole" / "zqx.safetensors", **changes)
     run(command(job, whole))
@@ -77,8 +77,10 @@ def test_two_processes_learn_what_one_does_with_twofold_accumulation(job: Path, 
     one = configure(output=tmp_path / "one" / "zqx.safetensors", accumulation=2, **changes)
     run(command(job, one))
     two = configure(output=tmp_path / "two" / "zqx.safetensors", **changes)
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    run(command(job, two, *launcher, "--dynamo_backend", "no", "--main_process_port", "0"))
+    # accelerate's --multi_gpu means torchrun; the configuration's device makes the processes meet on the CPU.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    settings = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    run(command(job, two, *launcher, *settings))
     left, right = load_lora(one.output), load_lora(two.output)
     for key, delta in left.layers.items():
         torch.testing.assert_close(delta.up, right.layers[key].up, atol=2e-5, rtol=1e-3)  # type: ignore[union-attr]

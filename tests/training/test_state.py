@@ -15,7 +15,8 @@ from studio.errors import FileError, RequestError
 from training import state
 from training.state import Checkpoint, find, load, random_state_kept, save
 
-STATE = Checkpoint(3, {"a": torch.arange(4.0)}, {"state": {0: {"step": 1}}, "param_groups": []}, (1.0, 0.5, 0.1), 2.5, {"rank": 4})
+OPTIMIZER = {"state": {0: {"step": 1}}, "param_groups": []}
+STATE = Checkpoint(3, {"a": torch.arange(4.0)}, OPTIMIZER, (1.0, 0.5, 0.1), 2.5, {"rank": 4})
 
 
 def test_round_trip_and_older_ones_go(tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_round_trip_and_older_ones_go(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused_with_a_diff(tmp_path: Path) -> None:
     path = save(tmp_path, STATE)
-    with pytest.raises(RequestError, match=r"rank: 4 -> 8.*delete"):
+    with pytest.raises(RequestError, match=r"rank: 4 -> 8.*set restart to true"):
         load(path, {"rank": 8})
 
 
@@ -61,7 +62,7 @@ def test_a_cut_off_write_is_ignored(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     path = save(tmp_path, STATE)
     (path / "weights.safetensors").write_bytes(b"oops")
-    with pytest.raises(FileError, match="delete"):
+    with pytest.raises(FileError, match="set restart to true"):
         load(path, {"rank": 4})
 
 
