@@ -11,7 +11,8 @@ never touched; on exit everything is as it was.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,14 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compose.routes import Grid, Kind, Route, Site, check, constant, is_constant, shaped, site_of
+from compose.routes import Acting, Grid, Kind, Route, Site, constant, read_route, shaped, site_of
 from studio.errors import LoraFileError, RequestError, WrongBaseError
 from studio.lora.model import Delta, Lora, LoraDelta
+from studio.lora.names import module_key
 
 if TYPE_CHECKING:
     from studio.base import Base
 
 Layer = nn.Linear | nn.Conv2d
+Gains = Callable[[Site], Sequence[float]]
+"""How much each LoRA weighs at one layer, beside route and weight: ``site -> [k]``."""
+
+KEPT = 16
+"""Sets of weights whose ready products a layer remembers: enough for one per LoRA of a request."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,10 @@ class Piece:
 
 @dataclass(eq=False)
 class Stack:
-    """All deltas on one layer. ``down [R, in, ...]`` and ``up [R, out]`` hold the low-rank ones one after the other."""
+    """All deltas on one layer. ``down [R, in, ...]`` and ``up [R, out]`` hold the low-rank ones one after the other.
+
+    ``gain`` is what :data:`Gains` says for this layer; None: 1 for every LoRA.
+    """
 
     site: Site
     module: Layer
@@ -60,7 +70,8 @@ class Stack:
     down: Tensor | None = None
     up: Tensor | None = None
     dense: list[tuple[int, float, Tensor]] = field(default_factory=list)
-    kept: tuple[tuple[float, ...], Tensor, Tensor] | None = None
+    gain: tuple[float, ...] | None = None
+    kept: dict[tuple[float, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, site: Site, module: Layer, found: Sequence[tuple[int, float, Delta]], count: int) -> Stack:
@@ -88,7 +99,8 @@ class Stack:
     def follow(self, x: Tensor) -> None:
         """Move with the layer: offloading may run it elsewhere than where it was attached."""
         if self.down is not None and self.up is not None and (self.down.device, self.down.dtype) != (x.device, x.dtype):
-            self.down, self.up, self.kept = self.down.to(x), self.up.to(x), None
+            self.down, self.up = self.down.to(x), self.up.to(x)
+            self.kept.clear()
         self.dense = [(k, w, d if (d.device, d.dtype) == (x.device, x.dtype) else d.to(x)) for k, w, d in self.dense]
 
     def through(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -104,17 +116,19 @@ class Stack:
         return torch.addmm(base.flatten(0, -2), thin.flatten(0, -2), up).view_as(base)
 
     def thin_pair(self, weights: Sequence[float]) -> tuple[Tensor, Tensor] | None:
-        """``(down, up)`` of the LoRAs with a weight, the weights multiplied into ``up``; kept until the weights change."""
+        """``(down, up)`` of the LoRAs with a weight, the weights multiplied into ``up``; remembered for the next forwards."""
         key = tuple(weights)
-        if self.kept is None or self.kept[0] != key:
+        if key not in self.kept:
             live = [p for p in self.pieces if key[p.index] != 0]
             if not live or self.down is None or self.up is None:
                 return None
             start, stop = live[0].start, live[-1].stop
             factor = [p.scale * key[p.index] for p in self.pieces for _ in range(p.start, p.stop)][start:stop]
             up = self.up[start:stop] * torch.tensor(factor).to(self.up)[:, None]
-            self.kept = (key, self.down[start:stop], up)
-        return self.kept[1:]
+            while len(self.kept) >= KEPT:
+                del self.kept[next(iter(self.kept))]
+            self.kept[key] = (self.down[start:stop], up)
+        return self.kept[key]
 
     def add_constant(self, base: Tensor, x: Tensor, weights: Sequence[float]) -> Tensor:
         """``base`` plus the deltas with one weight per LoRA; LoRAs of weight 0 cost nothing."""
@@ -125,6 +139,20 @@ class Stack:
             if weights[index] != 0:
                 base = base + self.through(x, full) * (strength * weights[index])
         return base
+
+    def add_rows(self, base: Tensor, x: Tensor, acting: Acting) -> Tensor:
+        """``base`` plus the deltas where each row has its own constant weights: a row only pays for the LoRAs it uses."""
+        if len(base) % acting.rows:
+            raise ValueError(f"a route of {acting.rows} rows does not fit a layer with {len(base)} rows")
+        each = len(base) // acting.rows
+        parts = [
+            self.add_constant(base[a * each : b * each], x[a * each : b * each], self.gained(weights))
+            for a, b, weights in acting.spans
+        ]
+        return torch.cat(parts)
+
+    def gained(self, weights: Sequence[float]) -> Sequence[float]:
+        return weights if self.gain is None else [w * g for w, g in zip(weights, self.gain, strict=True)]
 
     def add_routed(self, base: Tensor, x: Tensor, route: Tensor) -> Tensor:
         """``base`` plus the deltas under a route shaped for this layer, equal over output channels: ``[..., 1, ..., k]``."""
@@ -150,17 +178,21 @@ class Stack:
             wide[..., index] = self.through(x, full) * strength
         return wide
 
-    def add(self, base: Tensor, x: Tensor, route: Route, weights: Sequence[float] | None, grid: Grid | None) -> Tensor:
+    def add(self, base: Tensor, x: Tensor, acting: Acting, grid: Grid | None) -> Tensor:
         """``base`` plus what the route lets through."""
         self.follow(x)
-        if weights is not None:
-            return self.add_constant(base, x, weights)
+        if acting.weights is not None:
+            return self.add_constant(base, x, self.gained(acting.weights))
+        if acting.spans:
+            return self.add_rows(base, x, acting)
+        gain = 1.0 if self.gain is None else torch.tensor(self.gain).to(x)
+        route = acting.route
         if callable(route):
-            deltas = self.deltas(x, tuple(base.shape))
+            deltas = self.deltas(x, tuple(base.shape)) * gain
             return base + (route(base, deltas, self.site) * deltas).sum(-1)
         if grid is None:
-            raise RuntimeError("a route that changes with place or row needs the grid of the forward: call bank.at(grid) first")
-        mine = shaped(route, self.site, tuple(base.shape), grid).to(x)
+            raise RuntimeError("a route that changes with place needs the grid of the forward: call bank.at(grid) first")
+        mine = shaped(route, self.site, tuple(base.shape), grid).to(x) * gain
         if route.shape[4] == 1:
             return self.add_routed(base, x, mine)
         return base + (mine * self.deltas(x, tuple(base.shape))).sum(-1)
@@ -194,8 +226,8 @@ class LoraBank:
         self.matched: dict[str, int] = {}
         self.grid: Grid | None = None
         self._attached: list[tuple[nn.Module, Callable[..., Any] | None]] = []
-        self._route: Route = constant([1.0] * len(self.adapters))
-        self._weights: list[float] | None = [1.0] * len(self.adapters)
+        self._stacks: list[Stack] = []
+        self._acting = read_route(constant([1.0] * len(self.adapters)), len(self.adapters))
 
     @classmethod
     def on(cls, base: Base, adapters: Sequence[Adapter]) -> LoraBank:
@@ -203,15 +235,37 @@ class LoraBank:
         return cls(base.models(), adapters, family=base.family.name, base_sha256=base.sha256)
 
     @property
+    def active(self) -> tuple[int, ...]:
+        """The LoRAs that can act: those with a weight."""
+        return tuple(index for index, adapter in enumerate(self.adapters) if adapter.weight != 0)
+
+    @property
     def route(self) -> Route:
-        return self._route
+        return self._acting.route
 
     @route.setter
     def route(self, route: Route) -> None:
         """Set what acts from the next forward on. The request's weights act on top of it."""
-        self._route = route if callable(route) else check(route, len(self.adapters))
-        constant_now = isinstance(self._route, Tensor) and is_constant(self._route)
-        self._weights = self._route.flatten().tolist() if constant_now else None  # type: ignore[union-attr]
+        self._acting = read_route(route, len(self.adapters))
+
+    @contextmanager
+    def acting(self, route: Route | None) -> Iterator[None]:
+        """Another route for the length of a ``with`` block; None: the present one."""
+        before = self._acting
+        try:
+            if route is not None:
+                self.route = route
+            yield
+        finally:
+            self._acting = before
+
+    def by_layer(self, gains: Gains | None) -> None:
+        """How much each LoRA weighs at each layer, on top of route and weight; None: the same everywhere."""
+        for stack in self._stacks:
+            told = None if gains is None else tuple(float(gain) for gain in gains(stack.site))
+            if told is not None and len(told) != len(self.adapters):
+                raise ValueError(f"{len(told)} gains for {len(self.adapters)} LoRAs at '{stack.site.name}'")
+            stack.gain = told
 
     def at(self, grid: Grid) -> None:
         """Tell the shape of the next forward."""
@@ -241,7 +295,7 @@ class LoraBank:
                     f"the {name} already carries PEFT adapter layers: unload them first, the studio attaches LoRAs itself"
                 )
         modules = {
-            f"{part}.{path}": module
+            module_key(part, path): module
             for part, model in self.models.items()
             for path, module in model.named_modules()
             if isinstance(module, Layer)
@@ -289,12 +343,14 @@ class LoraBank:
 
         def routed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             base: Tensor = inner(x, *args, **kwargs)
-            return stack.add(base, x, self._route, self._weights, self.grid)
+            return stack.add(base, x, self._acting, self.grid)
 
+        self._stacks.append(stack)
         self._attached.append((module, module.__dict__.get("forward")))
         module.forward = routed  # type: ignore[method-assign, assignment]
 
     def _restore(self) -> None:
+        self._stacks.clear()
         while self._attached:
             module, before = self._attached.pop()
             if before is None:

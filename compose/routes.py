@@ -90,9 +90,41 @@ def spatial(masks: Tensor) -> Tensor:
     return masks.permute(1, 2, 0)[None, None, :, :, None, :]
 
 
-def is_constant(route: Tensor) -> bool:
-    """Whether the route only depends on the LoRA."""
-    return all(size == 1 for size in route.shape[:-1])
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Acting:
+    """A route, read once.
+
+    Args:
+        route: as it was set.
+        weights: one number per LoRA when the route depends on nothing else.
+        rows, spans: when the route depends on row and LoRA only: its rows, and ``(start, stop, weights)`` of neighbouring
+            rows with equal weights.
+    """
+
+    route: Route
+    weights: tuple[float, ...] | None = None
+    rows: int = 1
+    spans: tuple[tuple[int, int, tuple[float, ...]], ...] = ()
+
+
+def read_route(route: Route, count: int) -> Acting:
+    """The route with what can be known of it before any layer runs.
+
+    Raises:
+        ValueError: not the six axes, not ``count`` LoRAs, or not finite.
+    """
+    if not isinstance(route, Tensor):
+        return Acting(route=route)
+    check(route, count)
+    rows, *others, _ = route.shape
+    if any(size != 1 for size in others):
+        return Acting(route=route)
+    table = [tuple(row) for row in route.reshape(rows, count).tolist()]
+    changes = [index for index in range(rows) if index == 0 or table[index] != table[index - 1]]
+    if len(changes) == 1:
+        return Acting(route=route, weights=table[0])
+    ends = [*changes[1:], rows]
+    return Acting(route=route, rows=rows, spans=tuple((a, b, table[a]) for a, b in zip(changes, ends, strict=True)))
 
 
 def check(route: Tensor, count: int) -> Tensor:

@@ -1,21 +1,28 @@
-"""Prompts to conditioning: any length, encoded in chunks of the family's context; one vector of details for SDXL.
+"""Prompts to conditioning: weighted words, any length, learnt words, clip skip; one vector of details for SDXL.
 
-A prompt longer than the context is cut in chunks of (context - 2) tokens; each chunk is wrapped in its own begin and end
-tokens, encoded alone, and the results are put one after the other along the token axis. A short prompt comes out exactly as
-from the stock pipeline.
+Each chunk of a prompt (see :mod:`compose.tokens`) is encoded alone, and the results are put one after the other along the
+token axis. A short plain prompt comes out exactly as from the stock pipeline.
+
+Weights act as in A1111: the states of a chunk are multiplied by the weights of their columns, then all by one number that
+brings their mean back, ``z' = w z * mean(z) / mean(w z)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from compose.tokens import Chunk, Words, chunks
+from studio.errors import RequestError, WrongBaseError
 
 if TYPE_CHECKING:
     from studio.base import Base
+    from studio.embeddings import Embedding
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,56 +46,70 @@ class Encoded:
         return Encoded(states=self.states[at], ids=self.ids[at.to(self.ids.device)], pooled=pooled)
 
 
-def chunk_ids(tokenizer: Any, text: str, context: int) -> list[list[int]]:
-    """Token ids of ``text`` in chunks of exactly ``context``: begin, up to (context - 2) tokens, end, padding."""
-    body = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
-    room = context - 2
-    pieces = [body[start : start + room] for start in range(0, len(body), room)] or [[]]
-    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return [[begin, *piece, end] + [pad] * (room - len(piece)) for piece in pieces]
+@dataclass(frozen=True)
+class Reading:
+    """How a request wants its prompts read.
+
+    Args:
+        clip_skip: 1 reads the last layer of the text encoder, 2 the last but one, and so on. SDXL was trained on the last but
+            one: there 1 and 2 mean the same.
+        embeddings: learnt words a prompt may call.
+    """
+
+    clip_skip: int = 1
+    embeddings: tuple[Embedding, ...] = ()
 
 
-def _ids(tokenizer: Any, prompts: Sequence[str], context: int, chunks: int) -> Tensor:
-    """``[n, chunks, context]``; shorter prompts are filled with empty chunks."""
-    empty = chunk_ids(tokenizer, "", context)
-    rows = [chunk_ids(tokenizer, prompt, context) for prompt in prompts]
-    return torch.tensor([row + empty * (chunks - len(row)) for row in rows])
+PLAIN = Reading()
 
 
-def chunks_of(base: Base, prompts: Sequence[str]) -> int:
+def words_of(base: Base, reading: Reading = PLAIN) -> dict[str, Words]:
+    """What reads text for each text encoder of the base, by its name."""
+    found = {"text_encoder": Words(base.tokenizer, base.context_length, "text_encoder", reading.embeddings)}
+    if base.tokenizer_2 is not None:
+        found["text_encoder_2"] = Words(base.tokenizer_2, base.context_length, "text_encoder_2", reading.embeddings)
+    return found
+
+
+def chunks_of(base: Base, prompts: Sequence[str], reading: Reading = PLAIN) -> int:
     """Chunks the longest of ``prompts`` needs, over all tokenizers of the base."""
-    tokenizers = [base.tokenizer] + ([base.tokenizer_2] if base.tokenizer_2 is not None else [])
-    return max(len(chunk_ids(tokenizer, prompt, base.context_length)) for tokenizer in tokenizers for prompt in prompts)
+    return max(len(chunks(words, prompt)) for words in words_of(base, reading).values() for prompt in prompts)
 
 
 @torch.no_grad()
-def encode(base: Base, prompts: Sequence[str], chunks: int | None = None) -> Encoded:
-    """Encode ``prompts``, all padded to ``chunks`` chunks (default: what the longest needs).
+def encode(base: Base, prompts: Sequence[str], count: int | None = None, reading: Reading = PLAIN) -> Encoded:
+    """Encode ``prompts``, all padded to ``count`` chunks (default: what the longest needs).
 
     LoRAs on the text encoder act when a bank is attached meanwhile.
+
+    Raises:
+        RequestError: a weight out of range, or a clip skip the text encoder has no layer for.
+        WrongBaseError: an embedding of another family.
     """
-    count = chunks or chunks_of(base, prompts)
-    context = base.context_length
-    ids = _ids(base.tokenizer, prompts, context, count)
-    flat = ids.flatten(0, 1).to(base.device)
+    full = count or chunks_of(base, prompts, reading)
+    rows = {name: _filled(words, prompts, full) for name, words in words_of(base, reading).items()}
+    first = rows["text_encoder"]
+    ids = torch.tensor([chunk.ids for chunk in first]).unflatten(0, (len(prompts), full))
     if base.text_encoder_2 is None:
-        states = base.text_encoder(flat).last_hidden_state
+        states, _ = _encode_rows(base, "text_encoder", first, reading.clip_skip, normed=True)
         return Encoded(states=states.unflatten(0, ids.shape[:2]).flatten(1, 2), ids=ids.flatten(1))
     # SDXL: the last layer but one of both encoders, side by side; the pooled vector of the second, from the first chunk.
-    other = _ids(base.tokenizer_2, prompts, context, count).flatten(0, 1).to(base.device)
-    first = base.text_encoder(flat, output_hidden_states=True).hidden_states[-2]
-    second = base.text_encoder_2(other, output_hidden_states=True)
-    states = torch.cat([first, second.hidden_states[-2]], dim=-1)
-    pooled = second.text_embeds.unflatten(0, ids.shape[:2])[:, 0]
+    skip = max(reading.clip_skip, 2)
+    one, _ = _encode_rows(base, "text_encoder", first, skip, normed=False)
+    two, out = _encode_rows(base, "text_encoder_2", rows["text_encoder_2"], skip, normed=False)
+    states = torch.cat([one, two], dim=-1)
+    pooled = out.text_embeds.unflatten(0, ids.shape[:2])[:, 0]
     return Encoded(states=states.unflatten(0, ids.shape[:2]).flatten(1, 2), ids=ids.flatten(1), pooled=pooled)
 
 
-def encode_pair(base: Base, prompts: Sequence[str], negatives: Sequence[str]) -> tuple[Encoded, Encoded]:
+def encode_pair(
+    base: Base, prompts: Sequence[str], negatives: Sequence[str], reading: Reading = PLAIN
+) -> tuple[Encoded, Encoded]:
     """``(negative, positive)``, padded to the same number of chunks.
 
     SDXL was trained with zeros, not with the states of an empty prompt, where there is nothing to say.
     """
-    both = encode(base, [*negatives, *prompts])
+    both = encode(base, [*negatives, *prompts], reading=reading)
     count = len(negatives)
     negative, positive = both.rows(range(count)), both.rows(range(count, count + len(prompts)))
     if negative.pooled is not None:
@@ -97,6 +118,79 @@ def encode_pair(base: Base, prompts: Sequence[str], negatives: Sequence[str]) ->
             states=negative.states * said[:, None, None], ids=negative.ids, pooled=negative.pooled * said[:, None]
         )
     return negative, positive
+
+
+def _filled(words: Words, prompts: Sequence[str], count: int) -> list[Chunk]:
+    """``count`` chunks for each prompt; shorter prompts are filled with empty ones."""
+    (empty,) = chunks(words, "")
+    rows = [chunks(words, prompt) for prompt in prompts]
+    return [chunk for row in rows for chunk in row + [empty] * (count - len(row))]
+
+
+def _encode_rows(base: Base, name: str, rows: Sequence[Chunk], clip_skip: int, *, normed: bool) -> tuple[Tensor, Any]:
+    """Weighted states ``[rows, context, d]`` of the layer ``clip_skip`` from the end, and the encoder's whole output."""
+    encoder = base.models()[name]
+    layers = int(encoder.config.num_hidden_layers)
+    if clip_skip > layers:
+        raise RequestError(f"clip skip {clip_skip} is more than the {layers} layers of the base's text encoder")
+    ids = torch.tensor([chunk.ids for chunk in rows], device=base.device)
+    with inserted(encoder, rows):
+        out = encoder(ids, output_hidden_states=True)
+    if normed and clip_skip == 1:
+        states = out.last_hidden_state
+    else:
+        states = out.hidden_states[-clip_skip]
+        states = encoder.final_layer_norm(states) if normed else states
+    weights = torch.tensor([chunk.weights for chunk in rows], device=states.device)
+    return weighted(states, weights), out
+
+
+def weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """``states [n, L, d]`` by ``weights [n, L]``, each row's mean as before; rows whose weights are all 1 keep their bits."""
+    touched = (weights != 1).any(1)
+    if not bool(touched.any()):
+        return states
+    plain = states[touched].float()
+    scaled = plain * weights[touched][..., None]
+    mean, new = plain.mean((1, 2)), scaled.mean((1, 2))
+    # Weights of 0 leave nothing whose mean could be brought back.
+    back = torch.where(new == 0, 1.0, mean / new)[:, None, None]
+    result = states.clone()
+    result[touched] = (scaled * back).to(states.dtype)
+    return result
+
+
+@contextmanager
+def inserted(encoder: nn.Module, rows: Sequence[Chunk]) -> Iterator[None]:
+    """Meanwhile the learnt vectors of ``rows`` stand in their columns, in place of the placeholders' own.
+
+    Raises:
+        WrongBaseError: vectors of another width.
+    """
+    spots = [(row, column, vectors) for row, chunk in enumerate(rows) for column, vectors in chunk.vectors.items()]
+    if not spots:
+        yield
+        return
+    table = encoder.get_input_embeddings()
+    width = table.weight.shape[1]
+    odd = next((vectors for _, _, vectors in spots if vectors.shape[1] != width), None)
+    if odd is not None:
+        raise WrongBaseError(
+            f"an embedding of the request has vectors of {odd.shape[1]} numbers, but the base's text encoder has {width}: "
+            "it was made for another model family"
+        )
+
+    def insert(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        for row, column, vectors in spots:
+            out[row, column : column + len(vectors)] = vectors.to(out)
+        return out
+
+    handle = table.register_forward_hook(insert)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def added_conditions(base: Base, encoded: Encoded, size: tuple[int, int]) -> dict[str, Tensor] | None:

@@ -5,7 +5,6 @@ Media tensors are ``[B, F, C, H, W]`` in 0..1; latents are as diffusers has them
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -107,16 +106,6 @@ def read_request(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("request"), dict):
         raise FileError(f"the request in {path} is damaged: it holds no 'request'")
     return found
-
-
-def auto_v3(path: Path) -> str:
-    """How other programs know a LoRA: the first 12 digits of SHA-256 over a safetensors file without its header."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def infotext(

@@ -112,6 +112,36 @@ def base(tiny_base: Path) -> Base:
     return load_base(tiny_base, device="cpu")
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
+    """A random SDXL of the tiny base's parts: two text encoders, pooled text and sizes as extra conditions."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        **{**base.text_encoder.config.to_dict(), "projection_dim": 24, "hidden_size": 48, "num_attention_heads": 4}
+    )
+    second = CLIPTextModelWithProjection(config)
+    for weight in second.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=8, out_channels=8, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32 + 48, attention_head_dim=(2, 4), norm_num_groups=8, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=base.vae, text_encoder=base.text_encoder, text_encoder_2=second, tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer, unet=unet, scheduler=base.scheduler, force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("bases") / "tiny-xl"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 MakeLora = Callable[..., "Lora"]
 
 

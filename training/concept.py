@@ -300,10 +300,7 @@ class _Run:
         return make_lora(self.plan, self.adapters.deltas(), self.step)
 
     def _identity(self) -> dict[str, Any]:
-        from training.state import NEUTRAL
-
-        values = {key: value for key, value in self.plan.identity().items() if key not in NEUTRAL}
-        return values | {"processes": self.accelerator.num_processes}
+        return self.plan.identity() | {"processes": self.accelerator.num_processes}
 
     def _checkpoint(self) -> bool:
         """Whether it could be written; a full disk must not end a run that may still finish."""

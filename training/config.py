@@ -56,6 +56,21 @@ FOREIGN_NAMES = {
 }
 """What kohya's scripts, diffusers' examples and ai-toolkit call our keys."""
 
+NEUTRAL = frozenset(
+    [
+        "output",
+        "device",
+        "checkpoint_every",
+        "save_every",
+        "preview_every",
+        "tensorboard",
+        "restart",
+        "cache_text",
+        "cache_latents",
+    ]
+)
+"""Options that do not change what is learnt: a run may be resumed with others, and its file does not record them."""
+
 Rate = Annotated[float, Field(gt=0, le=10)]
 Factor = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]

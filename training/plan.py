@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.errors import FileError, RequestError
-from training.config import ConceptConfig
+from training.config import NEUTRAL, ConceptConfig
 from training.dataset import (
     Picture,
     bucket_of,
@@ -59,9 +59,8 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run the same run when it is resumed, and what its file records. Folders are given by name alone."""
-        values = self.config.model_dump(mode="json")
+        values = self.config.model_dump(mode="json", exclude=set(NEUTRAL))
         values["data"] = self.config.data.name
-        values["output"] = self.config.output.name
         values["prior_data"] = self.config.prior_data.name if self.config.prior_data else None
         values |= {
             "base": self.base.name,

@@ -27,20 +27,6 @@ from studio.errors import FileError, RequestError
 from training.config import differences
 
 FACTS = "facts.json"
-NEUTRAL = frozenset(
-    {
-        "output",
-        "device",
-        "checkpoint_every",
-        "save_every",
-        "preview_every",
-        "tensorboard",
-        "restart",
-        "cache_text",
-        "cache_latents",
-    }
-)
-"""Options that do not change what is learnt: a run may be resumed with others."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ def run_demo(folder: Path, voice: Voice, checkout: Path | None = None) -> Path:
     taught, seconds = _teach(folder)
     print(f"     {taught}  ({seconds:.0f} s)")
 
-    voice.note(f"3/3  {SEEDS} seeds of each")
+    voice.note(f"3/3  {SEEDS} seeds of each, judged against every subject of the art (the judge needs a minute to get ready)")
     nouns[LIVE] = f"{TRIGGER} {_class_word(LIVE)}"
     partner = next(iter(SHIPPED))
     pictures = [

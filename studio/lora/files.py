@@ -15,6 +15,7 @@ from studio.lora.formats import Placement, place_all
 from studio.lora.header import FLOATS, LIMITS, Limits, RawHeader, read_raw_header, scalar_values
 from studio.lora.identity import LoraHeader, guess_family, guess_trainer
 from studio.lora.library import find_lora as find_lora
+from studio.lora.names import module_key
 from studio.lora.shapes import LayerInfo, describe
 
 if TYPE_CHECKING:
@@ -164,8 +165,7 @@ def module_shapes(**components: torch.nn.Module | None) -> dict[str, tuple[int, 
         for name, module in model.named_modules() if model is not None else ():
             weight = getattr(module, "weight", None)
             if weight is not None and weight.ndim >= 2:
-                path = name.removeprefix("text_model.") if component.startswith("text_encoder") else name
-                shapes[f"{component}.{path}"] = tuple(weight.shape)
+                shapes[module_key(component, name)] = tuple(weight.shape)
     return shapes
 
 

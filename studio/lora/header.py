@@ -38,12 +38,18 @@ _NAME_KEYS = ("ss_output_name", "modelspec.title", "studio.name")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a LoRA file may be at most. A rank-256 LoRA of every SDXL layer has about 3 400 tensors and 2.2 GB."""
+    """What a file may be at most. A rank-256 LoRA of every SDXL layer has about 3 400 tensors and 2.2 GB.
+
+    ``kind`` names the file in messages; ``convert`` says what to do with a pickle, ``hint`` with a file that is too large.
+    """
 
     header_bytes: int = 16 * 2**20
     file_bytes: int = 4 * 2**30
     tensors: int = 20_000
     rank: int = 1024
+    kind: str = "LoRA"
+    convert: str = "or convert one you trust with 'studio lora convert --from-pickle'"
+    hint: str = ": is it a whole checkpoint?"
 
 
 LIMITS = Limits()
@@ -84,11 +90,13 @@ def read_raw_header(path: Path, limits: Limits = LIMITS) -> RawHeader:
             file_bytes = path.stat().st_size
             text = _header_text(file, file_bytes, path, limits)
     except OSError as error:
-        raise FileError(f"cannot read LoRA file {path}: {error.strerror or error}") from error
+        raise FileError(f"cannot read {limits.kind} file {path}: {error.strerror or error}") from error
     entries = _parse_json(text, path)
     metadata = checked_metadata(entries.pop("__metadata__", {}), path.name)
     if len(entries) > limits.tensors:
-        raise FileLimitError(f"{path.name} holds {len(entries)} tensors, more than the {limits.tensors} a LoRA file may have")
+        raise FileLimitError(
+            f"{path.name} holds {len(entries)} tensors, more than the {limits.tensors} a {limits.kind} file may have"
+        )
     data_start = 8 + len(text)
     tensors = {name: _tensor_info(name, entry, data_start, path) for name, entry in entries.items()}
     _check_offsets(tensors.values(), data_start, file_bytes, path)
@@ -143,7 +151,7 @@ def _header_text(file: BinaryIO, file_bytes: int, path: Path, limits: Limits) ->
     if file_bytes > limits.file_bytes:
         raise FileLimitError(
             f"{path.name} has {file_bytes / 2**30:.1f} GiB, more than the {limits.file_bytes / 2**30:.1f} GiB "
-            "a LoRA file may have: is it a whole checkpoint?"
+            f"a {limits.kind} file may have{limits.hint}"
         )
     if length > limits.header_bytes:
         raise FileLimitError(f"{path.name} has a header of {length} bytes, more than the {limits.header_bytes} allowed")
@@ -154,8 +162,7 @@ def _header_text(file: BinaryIO, file_bytes: int, path: Path, limits: Limits) ->
 def _refuse_foreign(start: bytes, length: int, path: Path, limits: Limits) -> None:
     if is_pickle(start):
         raise PickleRefusedError(
-            f"{path.name} is a pickle, which can run code when read: use a safetensors file, or convert one "
-            "you trust with 'studio lora convert --from-pickle'"
+            f"{path.name} is a pickle, which can run code when read: use a safetensors file, {limits.convert}"
         )
     if start[8:9] == b"{" and length > limits.header_bytes:
         raise FileLimitError(f"{path.name} claims a header of {length} bytes, more than the {limits.header_bytes} allowed")

@@ -91,6 +91,14 @@ def unet_path(path: str) -> str | None:
     return candidate if candidate is not None and UNET_PATH.fullmatch(candidate) else None
 
 
+def module_key(component: str, path: str) -> str:
+    """How LoRA layers name the module ``path`` of a component: ``text_encoder_2.encoder.layers.0...``.
+
+    Transformers 5 keeps an outer ``text_model.`` in text encoders with a projection and in no others; names here never do.
+    """
+    return f"{component}.{path.removeprefix('text_model.') if component.startswith('text_encoder') else path}"
+
+
 def text_path(path: str) -> str | None:
     """A dotted CLIP path with or without ``text_model.``, without it; None when it is no layer of a CLIP text encoder."""
     candidate = path.removeprefix("text_model.")

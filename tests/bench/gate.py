@@ -127,10 +127,10 @@ def stock_generator(folder: Path, steps: int, guidance: float) -> tuple[Generato
     Raises:
         FileError: ``folder`` holds no diffusers pipeline.
     """
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
     if not (folder / "model_index.json").is_file():
         raise FileError(f"{folder} holds no model_index.json: give the folder of a diffusers pipeline with --base")
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -303,7 +303,7 @@ def _names(finding: Finding) -> str:
 
 
 def _worn_score(pixels: Tensor, paper: Tensor, finding: Finding, accessory: str | None) -> float:
-    """Correlation of the picture with the found subject redrawn with ``accessory`` on, over the area any accessory could take."""
+    """Correlation of the picture with the found subject redrawn with ``accessory`` on, where one could be."""
     plain = sized(finding.key.concept, finding.key.style, finding.size)
     height, width = plain.shape[:2]
     side = window_side(finding.size)

@@ -5,12 +5,12 @@ sprite *redrawn over the picture's own background* ``B`` there, the background t
 
     C = a (T - B),  D = I - B,   score = sum w (C - mean C)(D - mean D) / sqrt(sum w (C - mean C)^2  sum w (D - mean D)^2)
 
-with weight ``w`` = alpha inside and a light ring around it, means per channel, sums over pixels and channels. Without the ring a
-flat sprite has nothing to correlate and any flat area fits it; with it the silhouette and the colour against the background count.
-A sprite fainter than half its true contrast loses in proportion, so ghosts do not count as present.
+with weight ``w`` = alpha inside and a light ring around it, means per channel, sums over pixels and channels. Without the ring
+a flat sprite has nothing to correlate and any flat area fits it; with it the silhouette and the colour against the background
+count. A sprite fainter than half its true contrast loses in proportion, so ghosts do not count as present.
 
-The coarse search correlates background-subtracted half-resolution pictures with compressed templates at two sizes and every place,
-plain and mirrored.
+The coarse search correlates background-subtracted half-resolution pictures with compressed templates at two sizes and every
+place, plain and mirrored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from studio.art.scenes import Box
 from tests.bench.papers import Paper
-from tests.bench.templates import COARSE, PAD, SIZES, Bank, CoarseBank, Key, halve, window_side
+from tests.bench.templates import COARSE, SIZES, Bank, CoarseBank, Key, halve, window_side
 
 SHORTLIST = 40
 FINALISTS = 12
@@ -32,6 +32,8 @@ FLOOR = 0.02
 """Standard deviation (0..1) added to both sides of the correlation: noise this small is nothing."""
 FULL_GAIN = 0.5
 """Contrast, relative to the true sprite's, from which on the score is not reduced."""
+FULL_VIEW = 0.6
+"""Part of a sprite's weight that must be on free canvas for its full score: slivers fit anything."""
 ENERGY = 0.15
 """Share of the strongest window's energy below which the coarse search does not look."""
 SPREAD = 0.5
@@ -111,7 +113,9 @@ def exact(bank: Bank, canvas: Canvas, size: int, keys: Tensor, flips: Tensor, to
     subject, paper, free = canvas.windows(tops, rgba.shape[1])
     rgba = rgba.flatten(1, 2)[:, None]
     layer = rgba[..., 3:] * (rgba[..., :3] - paper)
-    return correlation(layer, subject, (weight.flatten(1)[:, None] * free)[..., None])
+    weight = weight.flatten(1)[:, None]
+    seen = (weight * free).sum(-1) / weight.sum(-1)
+    return correlation(layer, subject, (weight * free)[..., None]) * (seen / FULL_VIEW).clamp(max=1)
 
 
 def correlation(drawn: Tensor, image: Tensor, weight: Tensor) -> Tensor:

@@ -184,7 +184,8 @@ def main() -> None:
 
         roundtrip = vae_roundtrip(AutoencoderKL.from_pretrained(given.vae, local_files_only=True).eval())
     judge = Judge(roundtrip=roundtrip, tau=given.tau, looks=(given.look,) if given.look else ())
-    print("drawings that count as one:", "; ".join(" = ".join(f"{n} ({s})" for n, s in g) for g in groups(judge.bank.equivalents)))
+    for group in groups(judge.bank.equivalents):
+        print("one drawing:", " = ".join(f"{name} ({style})" for name, style in group))
     numbers: dict[str, object] = {"tau": given.tau, "n": given.n}
     if given.calibrate:
         numbers["calibration"] = calibrate(judge, given.n, roundtrip, given.seed)

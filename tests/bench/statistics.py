@@ -71,8 +71,8 @@ class Difference:
 
 
 def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
     units: Sequence[object] | None = None,
     resamples: int = 10_000,
     seed: int = 0,

@@ -182,10 +182,19 @@ def compress(rgba: Tensor, weights: Tensor) -> CoarseBank:
     shapes = [x.flatten(1) for x in (alpha, alpha.square(), weight)]
     colour_basis, energy_basis = principal(colours, COARSE_RANK), principal(tints, COARSE_RANK)
     weight_basis = principal(torch.cat(shapes), COARSE_RANK // 2)
+    plain, squared, matching = (weight_basis.T @ shape.T for shape in shapes)
     return CoarseBank(
-        side, colour_basis, colour_basis.T @ colours.T, energy_basis, energy_basis.T @ tints.T,
-        weight_basis, *(weight_basis.T @ shape.T for shape in shapes), colours.square().sum(1),
-    )  # fmt: skip
+        side=side,
+        colour_basis=colour_basis,
+        colour=colour_basis.T @ colours.T,
+        energy_basis=energy_basis,
+        tinted=energy_basis.T @ tints.T,
+        weight_basis=weight_basis,
+        alpha=plain,
+        alpha_squared=squared,
+        weight=matching,
+        energy=colours.square().sum(1),
+    )
 
 
 def principal(rows: Tensor, rank: int) -> Tensor:

@@ -1,0 +1,290 @@
+"""One sampling run as its methods see it: the state, the forwards, and the hooks of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from pydantic import field_validator
+from torch import Tensor
+
+from compose.bank import Adapter, LoraBank
+from compose.routes import Grid, Route
+from compose.text import Encoded, added_conditions
+from studio.errors import CancelledError, RequestError
+from studio.requests import Request
+
+if TYPE_CHECKING:
+    from compose.attention import Attention
+    from compose.plan import AttentionPlan
+    from studio.base import Base
+
+Encode = Callable[[], tuple[Encoded, Encoded]]
+"""Encodes the prompts of a run again, ``(negative, positive)``, with whatever LoRAs the bank's route lets act just now."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Step:
+    """One timestep of the loop: ``index`` of ``count`` (samplers of second order visit some noise levels twice).
+
+    ``skipped`` timesteps of the schedule lie before the first one, when a run starts from a picture.
+    """
+
+    index: int
+    count: int
+    timestep: Tensor
+    skipped: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """How much of the schedule lies behind, 0..1: a noise level, also in runs that start from a picture."""
+        return (self.skipped + self.index) / (self.skipped + self.count)
+
+
+@dataclass(eq=False, kw_only=True)
+class Run:
+    """Everything of one sampling run, handed to every hook.
+
+    Args:
+        latents: the present state ``[n, c, h, w]``, single precision; a hook may replace it.
+        noise: the unit noise it started from.
+        negative, positive: conditioning, one row per row of ``latents``. ``negative`` is not used when nothing is guided.
+        guidance: one number, or one per row ``[n, 1, 1, 1]``.
+        generators: one CPU generator per row: all randomness of row ``i`` comes from its own.
+        size: picture (width, height) in pixels.
+        states: latent states side by side; state ``s`` has the rows ``run.rows(s)``.
+        encode: encodes the prompts again; None when only the conditioning is known.
+        timesteps, skipped: what the loop will visit, and how many timesteps of the schedule lie before.
+        notes: sentences for the user.
+    """
+
+    base: Base
+    positive: Encoded
+    negative: Encoded
+    size: tuple[int, int]
+    guidance: float | Tensor
+    generators: list[torch.Generator]
+    scheduler: Any
+    latents: Tensor
+    noise: Tensor
+    bank: LoraBank | None = None
+    cancelled: Callable[[], bool] | None = None
+    encode: Encode | None = None
+    states: int = 1
+    timesteps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
+    resources: ExitStack = field(default_factory=ExitStack, repr=False)
+    again: bool = field(default=False, repr=False)
+    _attention: Attention | None = field(default=None, repr=False)
+    _both: Encoded | None = field(default=None, repr=False)
+
+    @property
+    def guided(self) -> bool:
+        return bool((self.guidance > 1).any()) if isinstance(self.guidance, Tensor) else self.guidance > 1
+
+    def rows(self, state: int) -> slice:
+        """The rows of one of the states side by side."""
+        each = len(self.latents) // self.states
+        return slice(state * each, (state + 1) * each)
+
+    def check_cancelled(self) -> None:
+        """Raise when the user has cancelled; methods with inner passes call it between them."""
+        if self.cancelled is not None and self.cancelled():
+            raise CancelledError("cancelled")
+
+    def attend(self, plan: AttentionPlan | None) -> Attention:
+        """Let ``plan`` act in every attention layer from now on, until the run ends or another plan is set."""
+        if self._attention is None:
+            from compose.attention import Attention
+
+            self._attention = self.resources.enter_context(Attention(self.base.unet, bank=self.bank))
+        self._attention.plan = plan
+        return self._attention
+
+    def forward(self, x: Tensor, timestep: Tensor, encoded: Encoded) -> Tensor:
+        """One pass of the UNet over rows ``x [n, c, h, w]`` with as many rows of conditioning; single precision in and out."""
+        unet = self.base.unet
+        grid = Grid(rows=len(x), height=x.shape[-2], width=x.shape[-1])
+        if self.bank is not None:
+            self.bank.at(grid)
+        if self._attention is not None:
+            self._attention.at(grid)
+        added = added_conditions(self.base, encoded, self.size)
+        more = {} if added is None else {"added_cond_kwargs": added}
+        out = unet(x.to(unet.dtype), timestep, encoder_hidden_states=encoded.states, return_dict=False, **more)[0]
+        return out.to(x.dtype)
+
+    def forward_guided(self, x: Tensor, timestep: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The stock prediction: unconditional and conditional rows in one pass."""
+        if not self.guided:
+            return None, self.forward(x, timestep, self.positive)
+        if self._both is None:
+            self._both = joined(self.negative, self.positive)
+        uncond, cond = self.forward(torch.cat([x, x]), timestep, self._both).chunk(2)
+        return uncond, cond
+
+    def condition(self, negative: Encoded, positive: Encoded) -> None:
+        """Use other prompts from now on; as many rows as before."""
+        self.negative, self.positive, self._both = negative, positive, None
+
+    def restart(self, noise: Tensor | None = None) -> None:
+        """Begin again at the first timestep after the present one, from ``noise`` (unit noise; None: the same as before)."""
+        if noise is not None:
+            self.noise = noise
+        self.again = True
+
+    def probe(self, method: Method, steps: int, *, noise: Tensor | None = None) -> Run:
+        """The first ``steps`` timesteps with another method, from the same noise; this run stays as it was.
+
+        Returns:
+            The probe's own run at its end: its ``latents``, ``timesteps`` and ``notes``.
+        """
+        from compose.denoise import loop
+
+        start = self.noise if noise is None else noise
+        states = [generator.get_state() for generator in self.generators]
+        twin = replace(
+            self,
+            scheduler=deepcopy(self.scheduler),
+            generators=[torch.Generator("cpu").set_state(state) for state in states],
+            noise=start,
+            latents=self.latents if noise is None else start * self.scheduler.init_noise_sigma,
+            resources=ExitStack(),
+            notes=[],
+            again=False,
+            _attention=None,
+        )
+        plan = None if self._attention is None else self._attention.plan
+        if self._attention is not None:
+            self._attention.plan = None
+        route = None if self.bank is None else self.bank.route
+        try:
+            loop(twin, method, stop=steps)
+        finally:
+            if self._attention is not None:
+                self._attention.plan = plan
+            if self.bank is not None and route is not None:
+                self.bank.route = route
+        return twin
+
+
+class Options(Request):
+    """Base of the options of a method: typed, unknown ones refused. Values may come as text from a command line."""
+
+
+class Method:
+    """How a prediction is made. The base class is the stock model, with whatever the bank's route lets act."""
+
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or self.Options()
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """With checked options.
+
+        Raises:
+            UnknownNameError, RequestError: an option that is unknown or does not fit.
+        """
+        return cls(cls.Options.of(**options))
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise a RequestError when these LoRAs cannot be composed this way; called before anything is loaded or attached."""
+
+    def adapters(self, adapters: Sequence[Adapter]) -> list[Adapter]:
+        """What the bank shall attach in place of a request's LoRAs: merges of weights happen here."""
+        return list(adapters)
+
+    def prepare(self, run: Run) -> None:
+        """Called once, before the first step."""
+
+    def before_step(self, run: Run, step: Step) -> None:
+        """Called before each timestep: set routes here."""
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """``(eps_uncond or None, eps_cond)`` for the scaled input ``x [n, c, h, w]``; the loop does guidance."""
+        return run.forward_guided(x, step.timestep)
+
+    def after_step(self, run: Run, step: Step) -> None:
+        """Called after each timestep, with the new ``run.latents``."""
+
+
+class SeparateOptions(Options):
+    """Options of every method that lets LoRAs act one by one.
+
+    Args:
+        always: LoRAs that act in every pass, such as one that makes few steps possible. They are not counted as concepts.
+    """
+
+    always: tuple[str, ...] = ()
+
+    @field_validator("always", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        """Also as text: ``name,name``."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+class Separate(Method):
+    """Base of methods that let the LoRAs of a request act one by one.
+
+    Attributes after :meth:`prepare`:
+        concepts: indices of the LoRAs that take turns; none when there is no LoRA with a weight.
+        prompts: ``(negative, positive)`` of each concept, encoded with that LoRA alone where it changes the text encoder.
+    """
+
+    Options: ClassVar[type[Options]] = SeparateOptions
+    options: SeparateOptions
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        names = [adapter.name for adapter in adapters]
+        for name in self.options.always:
+            if name not in names:
+                raise RequestError(
+                    f"'always' names '{name}', which is none of the request's LoRAs ({', '.join(names) or 'it has none'})"
+                )
+
+    def prepare(self, run: Run) -> None:
+        bank = run.bank
+        self.check(bank.adapters if bank is not None else ())
+        self.always: tuple[int, ...] = ()
+        self.concepts: tuple[int, ...] = ()
+        self.prompts: dict[int, tuple[Encoded, Encoded]] = {}
+        if bank is None:
+            return
+        self.always = tuple(k for k in bank.active if bank.adapters[k].name in self.options.always)
+        self.concepts = tuple(k for k in bank.active if k not in self.always)
+        if not self.concepts:
+            return
+        speaking = any(key.startswith("text_encoder") for k in bank.active for key in bank.adapters[k].lora.layers)
+        for concept in self.concepts:
+            if speaking and run.encode is not None:
+                with bank.acting(self.only(run, concept)):
+                    self.prompts[concept] = run.encode()
+            else:
+                self.prompts[concept] = (run.negative, run.positive)
+
+    def weights(self, run: Run, concept: int | None) -> list[float]:
+        """One number per LoRA: 1 for ``concept`` and for those that always act."""
+        count = len(run.bank.adapters) if run.bank is not None else 0
+        return [1.0 if k == concept or k in self.always else 0.0 for k in range(count)]
+
+    def only(self, run: Run, concept: int | None) -> Route:
+        """The route that lets one concept act, with those that always do."""
+        return torch.tensor(self.weights(run, concept)).view(1, 1, 1, 1, 1, -1)
+
+
+def joined(*several: Encoded) -> Encoded:
+    """The rows of all, one after the other."""
+    pooled = [each.pooled for each in several if each.pooled is not None]
+    return Encoded(
+        states=torch.cat([each.states for each in several]),
+        ids=torch.cat([each.ids for each in several]),
+        pooled=torch.cat(pooled) if pooled else None,
+    )

@@ -1,0 +1,103 @@
+"""Textual-inversion embeddings: learnt vectors that a prompt calls by a name (Gal et al., 2022). Only safetensors is read.
+
+Layouts: A1111's ``emb_params`` (SD 1.x), ``clip_l`` and ``clip_g`` (SDXL), and diffusers' one tensor called by its token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from studio.errors import LoraShapeError, LoraValuesError, RequestError, UnknownFormatError, UnknownNameError
+from studio.lora.header import FLOATS, Limits, read_raw_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LIMITS = Limits(
+    header_bytes=2**20,
+    file_bytes=64 * 2**20,
+    tensors=16,
+    kind="embedding",
+    convert="for an embedding in a .pt file only its author can give one",
+    hint=": is it a LoRA or a checkpoint?",
+)
+_SLOTS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+_LOOKS_LIKE_LORA = ("lora_", ".alpha", "hada_", "lokr_")
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """One learnt word.
+
+    Args:
+        name: the file's stem.
+        calls: how a prompt calls it: by its name, or by the token that a diffusers file names.
+        vectors: ``[n, d]`` by text encoder: ``text_encoder``, ``text_encoder_2``. As many rows in both.
+        sha256: of the file.
+    """
+
+    name: str
+    calls: tuple[str, ...]
+    vectors: Mapping[str, Tensor]
+    source: Path
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Places it takes in a prompt."""
+        return int(next(iter(self.vectors.values())).shape[0])
+
+
+def load_embedding(path: str | Path) -> Embedding:
+    """Read one embedding.
+
+    Raises:
+        UnknownNameError: no such file. UnsafeFileError: a pickle, or too large.
+        LoraFileError: damaged, of another kind, with shapes that do not fit or with NaN.
+    """
+    from safetensors.torch import load_file
+
+    from studio.hashes import sha256_of
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        beside = [entry.name for entry in file.parent.glob("*.safetensors")] if file.parent.is_dir() else []
+        raise UnknownNameError("embedding", str(path), beside, hint="(give its file)")
+    header = read_raw_header(file, LIMITS)
+    names = set(header.tensors)
+    if any(mark in name for name in names for mark in _LOOKS_LIKE_LORA):
+        raise UnknownFormatError(f"{file.name} is a LoRA, not an embedding: use it with --lora")
+    if not names <= set(_SLOTS) and len(names) > 1:
+        some = ", ".join(f"'{name[:40]}'" for name in sorted(names)[:3])
+        raise UnknownFormatError(f"{file.name} is in no embedding format known here: it holds the tensors {some}")
+    tensors = load_file(file)
+    if not names or any(header.tensors[name].dtype not in FLOATS or 0 in tensor.shape for name, tensor in tensors.items()):
+        raise UnknownFormatError(f"{file.name} holds no embedding: it has no numbers")
+    token = "" if names <= set(_SLOTS) else next(iter(names))
+    calls = (file.stem, token) if token not in ("", "*", "string_to_param.*", file.stem) else (file.stem,)
+    vectors = {}
+    for name, tensor in tensors.items():
+        rows = tensor.float().reshape(-1, tensor.shape[-1]) if tensor.ndim in (1, 2) else None
+        if rows is None:
+            raise LoraShapeError(f"{file.name} is refused: an embedding is rows of numbers, not of shape {tuple(tensor.shape)}")
+        if not bool(rows.isfinite().all()):
+            raise LoraValuesError(f"{file.name} is refused: it holds NaN or infinity, so its training diverged")
+        vectors[_SLOTS.get(name, "text_encoder")] = rows
+    if len({rows.shape[0] for rows in vectors.values()}) > 1:
+        raise LoraShapeError(f"{file.name} is refused: its two text encoders get different numbers of vectors")
+    return Embedding(file.stem, calls, vectors, file, sha256_of([file])[0])
+
+
+def load_embeddings(paths: tuple[str, ...]) -> list[Embedding]:
+    """Read several, each with names of its own."""
+    found = [load_embedding(path) for path in paths]
+    taken: dict[str, Embedding] = {}
+    for one in found:
+        for call in one.calls:
+            other = taken.setdefault(call.lower(), one)
+            if other is not one:
+                raise RequestError(f"two embeddings are called '{call}': {other.source} and {one.source}; rename one file")
+    return found
