@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compose.bank import Adapter, LoraBank
-    from compose.denoise import Method, denoise
+    from compose.denoise import denoise
+    from compose.run import Method
     from compose.schedulers import SAMPLERS
     from compose.text import encode, encode_pair
 
@@ -16,7 +17,7 @@ __all__ = ["METHODS", "SAMPLERS", "Adapter", "LoraBank", "Method", "denoise", "e
 _HOME = {
     "Adapter": "compose.bank",
     "LoraBank": "compose.bank",
-    "Method": "compose.denoise",
+    "Method": "compose.run",
     "denoise": "compose.denoise",
     "SAMPLERS": "compose.schedulers",
     "encode": "compose.text",

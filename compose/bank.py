@@ -228,6 +228,7 @@ class LoraBank:
         self._attached: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._stacks: list[Stack] = []
         self._acting = read_route(constant([1.0] * len(self.adapters)), len(self.adapters))
+        self._gains: Gains | None = None
 
     @classmethod
     def on(cls, base: Base, adapters: Sequence[Adapter]) -> LoraBank:
@@ -250,17 +251,20 @@ class LoraBank:
 
     @contextmanager
     def acting(self, route: Route | None) -> Iterator[None]:
-        """Another route for the length of a ``with`` block; None: the present one."""
-        before = self._acting
+        """Another route for the length of a ``with`` block; None: the present one. On exit route and gains are as before."""
+        before, gains = self._acting, self._gains
         try:
             if route is not None:
                 self.route = route
             yield
         finally:
             self._acting = before
+            if self._gains is not gains:
+                self.by_layer(gains)
 
     def by_layer(self, gains: Gains | None) -> None:
         """How much each LoRA weighs at each layer, on top of route and weight; None: the same everywhere."""
+        self._gains = gains
         for stack in self._stacks:
             told = None if gains is None else tuple(float(gain) for gain in gains(stack.site))
             if told is not None and len(told) != len(self.adapters):

@@ -1,112 +1,43 @@
 """The one sampling loop: timesteps, guidance, per-item noise, callbacks, cancellation, previews. A method only predicts.
 
 Classifier-free guidance (Ho & Salimans, 2022): ``eps = eps_uncond + g (eps_cond - eps_uncond)``. With ``g = 1`` no
-unconditional pass is made.
+unconditional pass is made. Inversion is the same loop with ascending timesteps (Song et al., 2021, eq. 14 read backwards).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compose.bank import LoraBank
-from compose.routes import Grid
-from compose.schedulers import make_scheduler, set_steps
-from compose.text import Encoded, added_conditions
-from studio.errors import CancelledError, NumericsError
+from compose.run import Encode, Method, Run, Step
+from compose.schedulers import inverse_scheduler, make_scheduler, set_steps
+from compose.text import Encoded
+from studio.errors import NumericsError, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from studio.base import Base
 
+RESTARTS = 20
+"""A method that asks for more restarts than this in one run has lost its way."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Step:
-    """One timestep of the loop: ``index`` of ``count`` (samplers of second order visit some noise levels twice)."""
+class Start:
+    """A run that begins at a picture: its latents ``[n, c, h, w]`` (scaled as the UNet has them) and how much may change.
 
-    index: int
-    count: int
-    timestep: Tensor
-
-    @property
-    def fraction(self) -> float:
-        """How much of the schedule lies behind, 0..1."""
-        return self.index / self.count
-
-
-@dataclass(eq=False, kw_only=True)
-class Run:
-    """Everything of one sampling run, handed to every hook.
-
-    Args:
-        latents: the current state ``[n, c, h, w]``, single precision; a hook may replace it.
-        negative, positive: conditioning, one row per item. ``negative`` is not used when ``guidance`` is 1.
-        generators: one CPU generator per item: all randomness of item ``i`` comes from its own.
-        size: picture (width, height) in pixels.
+    ``strength`` in (0, 1] is the share of the schedule that is run, as in the stock image-to-image pipeline.
     """
 
-    base: Base
-    positive: Encoded
-    negative: Encoded
-    size: tuple[int, int]
-    guidance: float
-    generators: list[torch.Generator]
-    scheduler: Any
     latents: Tensor
-    bank: LoraBank | None = None
-    cancelled: Callable[[], bool] | None = None
-    _both: Encoded | None = field(default=None, repr=False)
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance > 1
-
-    def check_cancelled(self) -> None:
-        """Raise when the user has cancelled; methods with inner passes call it between them."""
-        if self.cancelled is not None and self.cancelled():
-            raise CancelledError("cancelled")
-
-    def forward(self, x: Tensor, timestep: Tensor, encoded: Encoded) -> Tensor:
-        """One pass of the UNet over rows ``x [n, c, h, w]`` with as many rows of conditioning; single precision in and out."""
-        unet = self.base.unet
-        if self.bank is not None:
-            self.bank.at(Grid(rows=len(x), height=x.shape[-2], width=x.shape[-1]))
-        added = added_conditions(self.base, encoded, self.size)
-        more = {} if added is None else {"added_cond_kwargs": added}
-        out = unet(x.to(unet.dtype), timestep, encoder_hidden_states=encoded.states, return_dict=False, **more)[0]
-        return out.to(x.dtype)
-
-    def forward_guided(self, x: Tensor, timestep: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The stock prediction: unconditional and conditional rows in one pass."""
-        if not self.guided:
-            return None, self.forward(x, timestep, self.positive)
-        if self._both is None:
-            self._both = joined(self.negative, self.positive)
-        uncond, cond = self.forward(torch.cat([x, x]), timestep, self._both).chunk(2)
-        return uncond, cond
-
-
-class Method:
-    """How a prediction is made. The base class is the stock model, with whatever the bank's route lets act."""
-
-    def prepare(self, run: Run) -> None:
-        """Called once, before the first step."""
-
-    def before_step(self, run: Run, step: Step) -> None:
-        """Called before each timestep: set routes here."""
-
-    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """``(eps_uncond or None, eps_cond)`` for the scaled input ``x [n, c, h, w]``; the loop does guidance."""
-        return run.forward_guided(x, step.timestep)
-
-    def after_step(self, run: Run, step: Step) -> None:
-        """Called after each timestep, with the new ``run.latents``."""
+    strength: float = 0.6
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,17 +59,15 @@ class Event:
 OnStep = Callable[[Event], None]
 
 
-def joined(first: Encoded, second: Encoded) -> Encoded:
-    """The rows of ``first``, then those of ``second``."""
-    pooled = None
-    if first.pooled is not None and second.pooled is not None:
-        pooled = torch.cat([first.pooled, second.pooled])
-    return Encoded(states=torch.cat([first.states, second.states]), ids=torch.cat([first.ids, second.ids]), pooled=pooled)
+def guide(uncond: Tensor | None, cond: Tensor, guidance: float | Tensor) -> Tensor:
+    """``eps_uncond + g (eps_cond - eps_uncond)``; exactly ``eps_cond`` where ``g`` is 1 or there was no unconditional pass.
 
-
-def guide(uncond: Tensor | None, cond: Tensor, guidance: float) -> Tensor:
-    """``eps_uncond + g (eps_cond - eps_uncond)``; only ``eps_cond`` where there was no unconditional pass."""
-    return cond if uncond is None else uncond + guidance * (cond - uncond)
+    ``guidance`` may be one number per row ``[n, 1, 1, 1]``.
+    """
+    if uncond is None:
+        return cond
+    guided = uncond + guidance * (cond - uncond)
+    return torch.where(guidance == 1, cond, guided) if isinstance(guidance, Tensor) else guided
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -177,12 +106,36 @@ def advance(run: Run, method: Method, step: Step, takes_generator: bool) -> Tens
     more = {"generator": run.generators} if takes_generator else {}
     run.latents = run.scheduler.step(out, step.timestep, run.latents, return_dict=False, **more)[0]
     if not bool(torch.isfinite(run.latents).all()):
+        shown = run.guidance if isinstance(run.guidance, float | int) else float(run.guidance.max())
         raise NumericsError(
-            f"the model produced NaN or infinity at step {step.index + 1} of {step.count} (guidance {run.guidance:g}, "
+            f"the model produced NaN or infinity at step {step.index + 1} of {step.count} (guidance {shown:g}, "
             f"{run.base.dtype}): lower the guidance or the LoRA weights, or use single precision"
         )
     method.after_step(run, step)
     return original_estimate(run.scheduler, x, out, step.timestep)
+
+
+def loop(run: Run, method: Method, *, stop: int | None = None, on_step: OnStep | None = None) -> None:
+    """Visit all timesteps of ``run``, or the first ``stop``. Route and attention are as before at the end, however it ends."""
+    with run.resources:
+        if run.bank is not None:
+            run.resources.enter_context(run.bank.acting(None))
+        takes_generator = "generator" in inspect.signature(run.scheduler.step).parameters
+        method.prepare(run)
+        count, index, restarts = len(run.timesteps), 0, 0
+        end = count if stop is None else min(stop, count)
+        while index < end:
+            step = Step(index=index, count=count, timestep=run.timesteps[index], skipped=run.skipped)
+            original = advance(run, method, step, takes_generator)
+            if on_step is not None:
+                on_step(Event(step=step, latents=run.latents, original=original, base=run.base))
+            index += 1
+            if run.again:
+                restarts += 1
+                if restarts > RESTARTS:
+                    raise RuntimeError(f"{type(method).__name__} asked for more than {RESTARTS} restarts in one run")
+                run.again, run.scheduler, index = False, run.fresh(), 0
+                run.latents = run.first(run.noise)
 
 
 @torch.no_grad()
@@ -194,54 +147,160 @@ def denoise(
     seeds: Sequence[int],
     size: tuple[int, int],
     steps: int,
-    guidance: float,
+    guidance: float | Sequence[float],
     scheduler: str,
     method: Method | None = None,
     bank: LoraBank | None = None,
     noise: Tensor | None = None,
+    start: Start | None = None,
+    states: int = 1,
+    encode: Encode | None = None,
     on_step: OnStep | None = None,
     cancelled: Callable[[], bool] | None = None,
+    notes: list[str] | None = None,
 ) -> Tensor:
-    """Sample one latent per seed.
+    """Sample one latent per seed and state.
 
     Args:
-        negative, positive: conditioning with one row per seed.
+        negative, positive: conditioning with one row per row of the result.
         size: (width, height) in pixels, multiples of ``base.size_step``.
-        guidance: at least 1; at 1 no unconditional pass is made.
+        guidance: at least 1, or one such number per state; where all are 1 no unconditional pass is made.
         scheduler: a name of :mod:`compose.schedulers`.
         bank: attached LoRAs, if any.
-        noise: unit noise ``[n, c, h, w]`` instead of the seeds' own.
+        noise: unit noise ``[n, c, h, w]`` instead of the seeds' own; one row per seed, or one per row of the result.
+        start: a picture to begin at instead of noise alone; one row of latents per seed, or one for all.
+        states: latents side by side from the same noise, such as a source beside its edit; state-major rows
+            ``[states * n]``. A method sees all of them in one forward.
+        encode: encodes the prompts again under the bank's present route, for methods that give each LoRA its own.
         on_step: called after every timestep. cancelled: asked before every timestep.
+        notes: what the method has to say is appended here.
 
     Returns:
-        Latents ``[n, c, h, w]`` as the VAE's decoder wants them times its scaling factor, single precision.
+        Latents ``[states * n, c, h, w]`` as the VAE's decoder wants them times its scaling factor, single precision.
 
     Raises:
         NumericsError, CancelledError, RequestError.
     """
-    sampler = make_scheduler(scheduler, base.scheduler)
-    set_steps(sampler, steps, base.device)
-    generators = generators_of(seeds)
-    start = initial_noise(base, generators, size) if noise is None else noise.to(base.device, torch.float32)
+    if len(positive.states) != states * len(seeds):
+        raise ValueError(f"{len(positive.states)} rows of prompts for {len(seeds)} seeds and {states} states")
+    generators = generators_of(list(seeds) * states)
+    unit = initial_noise(base, generators, size) if noise is None else noise.to(base.device, torch.float32)
+    unit = _every_row(unit, states * len(seeds))
+
+    def fresh() -> Any:
+        sampler = make_scheduler(scheduler, base.scheduler)
+        set_steps(sampler, steps, base.device)
+        if skipped:
+            sampler.set_begin_index(skipped)
+        return sampler
+
+    skipped = 0
+    sampler = fresh()
+    if start is not None:
+        skipped = skipped_by(sampler, steps, start.strength)
+        sampler = fresh()
+    timesteps = sampler.timesteps[skipped:]
+
+    def first(unit_noise: Tensor) -> Tensor:
+        if start is None:
+            return unit_noise * sampler.init_noise_sigma
+        picture = _every_row(start.latents.to(unit_noise), len(unit_noise))
+        return fresh().add_noise(picture, unit_noise, timesteps[:1].expand(len(unit_noise)))
+
     run = Run(
         base=base,
         positive=positive,
         negative=negative,
         size=size,
-        guidance=guidance,
+        guidance=_per_row(guidance, states, len(seeds), base),
         generators=generators,
         scheduler=sampler,
-        latents=start * sampler.init_noise_sigma,
+        latents=first(unit),
+        noise=unit,
+        first=first,
+        fresh=fresh,
         bank=bank,
         cancelled=cancelled,
+        encode=encode,
+        states=states,
+        timesteps=timesteps,
+        skipped=skipped,
+        notes=[] if notes is None else notes,
     )
-    how = method or Method()
-    takes_generator = "generator" in inspect.signature(sampler.step).parameters
-    how.prepare(run)
-    count = len(sampler.timesteps)
-    for index, timestep in enumerate(sampler.timesteps):
-        step = Step(index=index, count=count, timestep=timestep)
-        original = advance(run, how, step, takes_generator)
-        if on_step is not None:
-            on_step(Event(step=step, latents=run.latents, original=original, base=base))
+    loop(run, method or Method(), on_step=on_step)
     return run.latents
+
+
+@torch.no_grad()
+def invert(
+    base: Base,
+    latents: Tensor,
+    positive: Encoded,
+    *,
+    size: tuple[int, int],
+    steps: int,
+    method: Method | None = None,
+    bank: LoraBank | None = None,
+    on_step: OnStep | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Tensor:
+    """The unit noise ``[n, c, h, w]`` from which DDIM with as many steps and guidance 1 leads back to ``latents``.
+
+    DDIM inversion: each step is solved backwards with the prediction at the noisier level; the error is of the order of one
+    step squared. ``on_step`` sees every state on the way.
+    """
+
+    def fresh() -> Any:
+        sampler = inverse_scheduler(base.scheduler)
+        set_steps(sampler, steps, base.device)
+        return sampler
+
+    picture = latents.to(base.device, torch.float32)
+    sampler = fresh()
+    run = Run(
+        base=base,
+        positive=positive,
+        negative=positive,
+        size=size,
+        guidance=1.0,
+        generators=generators_of([0] * len(picture)),
+        scheduler=sampler,
+        latents=picture,
+        noise=picture,
+        first=lambda given: given,
+        fresh=fresh,
+        bank=bank,
+        cancelled=cancelled,
+        timesteps=sampler.timesteps,
+    )
+    loop(run, method or Method(), on_step=on_step)
+    return run.latents
+
+
+def skipped_by(sampler: Any, steps: int, strength: float) -> int:
+    """Timesteps left out when only the share ``strength`` of the schedule is run.
+
+    Raises:
+        RequestError: a strength out of range, or one that leaves no step.
+    """
+    if not 0 < strength <= 1:
+        raise RequestError(f"strength {strength:g} is out of range: choose a number over 0 and up to 1")
+    kept = int(steps * strength)
+    if kept == 0:
+        raise RequestError(f"strength {strength:g} leaves none of {steps} steps: raise the strength or the steps")
+    return int((steps - kept) * getattr(sampler, "order", 1))
+
+
+def _every_row(tensor: Tensor, rows: int) -> Tensor:
+    if rows % len(tensor):
+        raise ValueError(f"{len(tensor)} latents do not fit {rows} rows")
+    return tensor.repeat(rows // len(tensor), 1, 1, 1)
+
+
+def _per_row(guidance: float | Sequence[float], states: int, each: int, base: Base) -> float | Tensor:
+    if not isinstance(guidance, Sequence):
+        return guidance
+    if len(guidance) != states:
+        raise ValueError(f"{len(guidance)} guidance scales for {states} states")
+    rows = torch.tensor([scale for scale in guidance for _ in range(each)], device=base.device)
+    return rows.view(-1, 1, 1, 1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -51,7 +50,8 @@ class Run:
 
     Args:
         latents: the present state ``[n, c, h, w]``, single precision; a hook may replace it.
-        noise: the unit noise it started from.
+        noise: the unit noise it started from. first: the state to begin with, from unit noise.
+        fresh: makes a scheduler that stands before the first timestep.
         negative, positive: conditioning, one row per row of ``latents``. ``negative`` is not used when nothing is guided.
         guidance: one number, or one per row ``[n, 1, 1, 1]``.
         generators: one CPU generator per row: all randomness of row ``i`` comes from its own.
@@ -71,6 +71,8 @@ class Run:
     scheduler: Any
     latents: Tensor
     noise: Tensor
+    first: Callable[[Tensor], Tensor]
+    fresh: Callable[[], Any]
     bank: LoraBank | None = None
     cancelled: Callable[[], bool] | None = None
     encode: Encode | None = None
@@ -133,16 +135,16 @@ class Run:
         self.negative, self.positive, self._both = negative, positive, None
 
     def restart(self, noise: Tensor | None = None) -> None:
-        """Begin again at the first timestep after the present one, from ``noise`` (unit noise; None: the same as before)."""
+        """Begin again, once the present timestep is done, from ``noise`` (unit noise; None: the same as before)."""
         if noise is not None:
             self.noise = noise
         self.again = True
 
     def probe(self, method: Method, steps: int, *, noise: Tensor | None = None) -> Run:
-        """The first ``steps`` timesteps with another method, from the same noise; this run stays as it was.
+        """The first ``steps`` timesteps with another method, from the same noise unless told; this run stays as it was.
 
         Returns:
-            The probe's own run at its end: its ``latents``, ``timesteps`` and ``notes``.
+            The probe's own run at its end: its ``latents`` and ``notes``.
         """
         from compose.denoise import loop
 
@@ -150,27 +152,27 @@ class Run:
         states = [generator.get_state() for generator in self.generators]
         twin = replace(
             self,
-            scheduler=deepcopy(self.scheduler),
+            scheduler=self.fresh(),
             generators=[torch.Generator("cpu").set_state(state) for state in states],
             noise=start,
-            latents=self.latents if noise is None else start * self.scheduler.init_noise_sigma,
+            latents=self.first(start),
             resources=ExitStack(),
             notes=[],
             again=False,
             _attention=None,
         )
-        plan = None if self._attention is None else self._attention.plan
-        if self._attention is not None:
-            self._attention.plan = None
-        route = None if self.bank is None else self.bank.route
-        try:
+        with self._unplanned():
             loop(twin, method, stop=steps)
-        finally:
-            if self._attention is not None:
-                self._attention.plan = plan
-            if self.bank is not None and route is not None:
-                self.bank.route = route
         return twin
+
+    @contextmanager
+    def _unplanned(self) -> Iterator[None]:
+        """The attention layers as they were before this run, for a while."""
+        if self._attention is None:
+            yield
+        else:
+            with self._attention.lifted():
+                yield
 
 
 class Options(Request):

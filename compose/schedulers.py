@@ -98,6 +98,15 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     return cls.from_config(config, **{**defaults, **sampler.settings})
 
 
+def inverse_scheduler(like: SchedulerMixin) -> SchedulerMixin:
+    """DDIM backwards, with ascending timesteps, over the noise schedule of ``like``."""
+    from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
+
+    config = dict(like.config)
+    # Both must agree on the cumulative alpha of the cleanest level, or the last step would jump.
+    return DDIMInverseScheduler.from_config(config, set_alpha_to_one=config.get("set_alpha_to_one", False))
+
+
 def set_steps(scheduler: SchedulerMixin, steps: int, device: Any) -> None:
     """``scheduler.set_timesteps``, with a sentence where a sampler cannot do so few or so many steps."""
     try:

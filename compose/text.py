@@ -61,6 +61,8 @@ class Reading:
 
 
 PLAIN = Reading()
+LARGEST_FACTOR = 4.0
+"""Beyond this the mean of a chunk is left as the weights make it."""
 
 
 def words_of(base: Base, reading: Reading = PLAIN) -> dict[str, Words]:
@@ -153,8 +155,9 @@ def weighted(states: Tensor, weights: Tensor) -> Tensor:
     plain = states[touched].float()
     scaled = plain * weights[touched][..., None]
     mean, new = plain.mean((1, 2)), scaled.mean((1, 2))
-    # Weights of 0 leave nothing whose mean could be brought back.
-    back = torch.where(new == 0, 1.0, mean / new)[:, None, None]
+    # A mean that the weights carry near or over zero cannot be brought back: the factor would be larger than any weight.
+    factor = mean / torch.where(new == 0, torch.nan, new)
+    back = torch.where((factor > 1 / LARGEST_FACTOR) & (factor < LARGEST_FACTOR), factor, 1.0)[:, None, None]
     result = states.clone()
     result[touched] = (scaled * back).to(states.dtype)
     return result

@@ -150,6 +150,9 @@ def _cut(words: Words, units: Sequence[Unit]) -> list[list[Unit]]:
             rest = [] if unit.ids == (words.comma,) else _after_comma(words, runs[-1], used)
             runs.append(rest)
             used = sum(len(one.ids) for one in rest)
+            if used + len(unit.ids) > words.room:  # a long learnt word after a phrase that moved
+                runs.append([])
+                used = 0
         runs[-1].append(unit)
         used += len(unit.ids)
     return runs
@@ -166,7 +169,7 @@ def _after_comma(words: Words, run: list[Unit], used: int) -> list[Unit]:
             del run[index + 1 :]
             return rest
         behind += len(run[index].ids)
-        if behind > int(BACKTRACK * words.room):
+        if behind >= int(BACKTRACK * words.room):
             break
     return []
 

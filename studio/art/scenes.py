@@ -50,7 +50,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Rendered:
-    """``image [s, s, 3]`` uint8; per item its visible box (fractions) and mask ``[s, s]`` in 0..1 (later items hide earlier)."""
+    """``image [s, s, 3]`` uint8; per item its visible box (fractions) and mask ``[s, s]`` in 0..1 (later items hide
+    earlier)."""
 
     image: np.ndarray
     boxes: tuple[Box, ...]

@@ -96,6 +96,37 @@ def test_each_row_may_use_its_own_mix(base: Base, pair: list[Adapter]) -> None:
         torch.testing.assert_close(out[row], oracle, atol=2e-5, rtol=1e-4)
 
 
+def test_gains_by_layer_and_a_borrowed_route(base: Base, pair: list[Adapter]) -> None:
+    given = inputs(base)
+
+    def gains(site: Site) -> list[float]:
+        return [2.0, 0.5] if site.name.startswith("unet.up_blocks") else [1.0, 0.0]
+
+    oracle = copy.deepcopy(base.unet)
+    for index, adapter in enumerate(pair):
+        for name, delta in adapter.lora.layers.items():
+            module = oracle.get_submodule(name.removeprefix("unet."))
+            strength = adapter.weight * gains(Site(name, Kind.IMAGE))[index]
+            module.weight.data += strength * dense(delta, module.weight.data).reshape(module.weight.shape)
+    with LoraBank.on(base, pair) as bank:
+        plain = run(base.unet, *given)
+        with bank.acting(constant([1.0, 1.0])):
+            bank.by_layer(gains)
+            torch.testing.assert_close(run(base.unet, *given), run(oracle, *given), atol=2e-5, rtol=1e-4)
+            # The same through every other way a route can take.
+            same = run(base.unet, *given)
+            bank.at(GRID)
+            for route in (per_row(torch.tensor([[1.0, 1], [1, 1], [0, 0]])), spatial(torch.ones(2, 8, 6))):
+                bank.route = route
+                torch.testing.assert_close(run(base.unet, *given)[:2], same[:2], atol=2e-5, rtol=1e-4)
+            bank.route = lambda out, deltas, site: torch.ones(2)
+            torch.testing.assert_close(run(base.unet, *given), same, atol=2e-5, rtol=1e-4)
+            with pytest.raises(ZeroDivisionError), bank.acting(constant([0.0, 0.0])):
+                raise ZeroDivisionError
+            torch.testing.assert_close(run(base.unet, *given), same, atol=2e-5, rtol=1e-4)
+        assert torch.equal(run(base.unet, *given), plain)
+
+
 def test_full_masks_are_the_constant_route(base: Base, pair: list[Adapter]) -> None:
     given = inputs(base)
     masks = torch.stack([torch.ones(8, 6), torch.zeros(8, 6)])
@@ -288,7 +319,7 @@ def test_everything_is_as_before_on_exit_and_after_an_exception(base: Base, pair
     try:
         before = snapshot(models)
         with LoraBank.on(base, pair) as bank:
-            bank.route = per_row(torch.ones(3, 2))
+            bank.route = per_row(torch.rand(3, 2))
             bank.at(GRID)
             run(base.unet, *inputs(base))
             assert snapshot(models) != before
@@ -351,8 +382,13 @@ def test_bad_routes_are_programming_errors(base: Base, pair: list[Adapter]) -> N
             bank.route = constant([1.0])
         with pytest.raises(ValueError, match="NaN"):
             bank.route = constant([1.0, float("nan")])
-        bank.route = per_row(torch.ones(3, 2))
+        bank.route = spatial(torch.rand(2, 8, 6))
         with pytest.raises(RuntimeError, match="grid"):
             run(base.unet, *inputs(base))
+        bank.route = per_row(torch.rand(2, 2))
+        with pytest.raises(ValueError, match="2 rows does not fit a layer with 3 rows"):
+            run(base.unet, *inputs(base))
+        with pytest.raises(ValueError, match="3 gains for 2 LoRAs"):
+            bank.by_layer(lambda site: [1.0] * 3)
         with pytest.raises(RuntimeError, match="attached already"):
             bank.__enter__()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from compose.bank import Adapter, LoraBank
-from compose.denoise import Event, Method, Run, Step, denoise, generators_of, initial_noise
+from compose.denoise import Event, denoise, generators_of, initial_noise
 from compose.merge import Merge
+from compose.run import Method, Run, Step
 from compose.schedulers import SAMPLERS, make_scheduler, sampler_name
 from compose.text import encode_pair
 from studio.base import Base
@@ -95,6 +96,7 @@ def test_guidance_one_makes_no_unconditional_pass(base: Base) -> None:
 
 class Recorder(Method):
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[str] = []
 
     def prepare(self, run: Run) -> None:

@@ -26,7 +26,16 @@ def vae(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 500_000,
     from training.base import vae as part
 
     torch.manual_seed(0)
-    run = Run(work=work, name=f"vae{channels}", items=items, batch=batch, rate=4e-3, adam_rate=1.5e-3, minutes=minutes, weight_decay=0.0)
+    run = Run(
+        work=work,
+        name=f"vae{channels}",
+        items=items,
+        batch=batch,
+        rate=4e-3,
+        adam_rate=1.5e-3,
+        minutes=minutes,
+        weight_decay=0.0,
+    )
     model = part.Objective(part.build(channels))
     average = train(model, lambda step, rank: part.batch_at(step, rank, batch, part.CROP), run)
     model.load_state_dict(average)
@@ -42,7 +51,17 @@ def text(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 150_000
     torch.manual_seed(1)
     words = part.tokenizer()
     model = part.Objective(part.build(len(words), words.bos_token_id, words.eos_token_id))
-    run = Run(work=work, name="text", items=items, batch=batch, rate=3e-3, adam_rate=1e-3, minutes=minutes, warmup=50, weight_decay=0.01)
+    run = Run(
+        work=work,
+        name="text",
+        items=items,
+        batch=batch,
+        rate=3e-3,
+        adam_rate=1e-3,
+        minutes=minutes,
+        warmup=50,
+        weight_decay=0.01,
+    )
     mixture = Mixture(named_a=0.4, named_b=0.4)
     average = train(model, lambda step, rank: part.batch_at(step, rank, batch, mixture), run)
     model.load_state_dict(average)
@@ -52,8 +71,13 @@ def text(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 150_000
 @app.command()
 def unet(
     stage: Annotated[int, typer.Option(min=1, max=2, help="1: single subjects on 32 x 32; 2: whole scenes.")],
-    work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 300_000, batch: int = 64, rate: float = 2e-3, channels: int = 8,
-) -> None:  # fmt: skip
+    work: Work = Path("work"),
+    minutes: Minutes = 1e9,
+    items: int = 300_000,
+    batch: int = 64,
+    rate: float = 2e-3,
+    channels: int = 8,
+) -> None:
     """Step 3: the UNet, on latents and caption states of the finished parts."""
     from accelerate import PartialState
 

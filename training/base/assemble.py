@@ -1,4 +1,5 @@
-"""Put the trained parts into a stock diffusers folder that ``StableDiffusionPipeline.from_pretrained`` loads with no code of ours."""
+"""Put the trained parts into a stock diffusers folder that ``StableDiffusionPipeline.from_pretrained`` loads with no
+code of ours."""
 
 from __future__ import annotations
 
@@ -71,8 +72,8 @@ def weights_hash(folder: Path) -> str:
 def save(pipe: StableDiffusionPipeline, folder: Path, name: str, facts: dict[str, Any] | None = None) -> str:
     """Write ``pipe`` in half precision; returns the base's hash.
 
-    The stock loader brings UNet and VAE back as fp32 but would leave a half-precision text encoder in fp16, and the first matrix product
-    would fail: so its config says float32 over the fp16 file.
+    The stock loader brings UNet and VAE back as fp32 but would leave a half-precision text encoder in fp16, and the
+    first matrix product would fail: so its config says float32 over the fp16 file.
     """
     half = {part: getattr(pipe, part) for part in WEIGHT_FILES}
     for module in half.values():

@@ -1,8 +1,8 @@
 """Build the atlas from the public packages: ``python -m training.base.atlas PACKAGES_DIR``.
 
 ``PACKAGES_DIR`` holds the unpacked npm packages named in :data:`PACKAGES` (``npm pack NAME@VERSION``, then ``tar xzf`` into a
-folder of the package's own name). Needs ``resvg_py`` (extra ``dev``) to rasterise SVG. The result is committed, so only people
-who change the atlas run this.
+folder of the package's own name). Needs ``resvg_py`` (extra ``dev``) to rasterise SVG. The result is committed, so only
+people who change the atlas run this.
 """
 
 from __future__ import annotations
@@ -179,7 +179,10 @@ def build(packages: Path, table: Path, out: Path) -> None:
         for row in chosen
     ]
     parts = {part: [name_of[x] for x in labels] for part, labels in heldout.items()}
-    pairs = [[subject, motion] for subject, motion in zip(list(NAMED_A.values())[:8], ["left", "right", "up", "down"] * 2, strict=True)]
+    pairs = [
+        [subject, motion]
+        for subject, motion in zip(list(NAMED_A.values())[:8], ["left", "right", "up", "down"] * 2, strict=True)
+    ]
     dump = {
         "concepts.json": {"cell": CELL, "columns": columns, "packages": PACKAGES, "names": TABLE, "concepts": listing},
         "splits.json": {
@@ -199,7 +202,8 @@ if __name__ == "__main__":
     import typer
 
     def main(packages: Path, table: Path, out: Path = Path("assets/atlas")) -> None:
-        """Build sprites, names and splits from unpacked PACKAGES and the joined TABLE (JSON rows: label, hex, group, styles)."""
+        """Build sprites, names and splits from unpacked PACKAGES and the joined TABLE (JSON rows: label, hex, group,
+        styles)."""
         build(packages, table, out)
 
     typer.run(main)

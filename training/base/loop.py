@@ -125,4 +125,3 @@ def train(model: nn.Module, batch_at: Callable[[int, int], Any], run: Run) -> di
     save()
     accelerator.end_training()
     return average
-

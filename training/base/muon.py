@@ -1,7 +1,8 @@
 """Muon for matrices and convolutions, Adam for the rest (Jordan et al., 2024; scaling of Liu et al., 2025, eq. 4).
 
-A step along the nearest semi-orthogonal matrix of the momentum uses every direction of a layer alike; on these small networks it reaches
-AdamW's loss in about half the pictures. ``torch.optim.Muon`` refuses the four-dimensional weights convolutions have.
+A step along the nearest semi-orthogonal matrix of the momentum uses every direction of a layer alike; on these small
+networks it reaches AdamW's loss in about half the pictures. ``torch.optim.Muon`` refuses the four-dimensional weights
+convolutions have.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """About ``U V^T`` of ``matrix = U S V^T`` (singular values in 0.7..1.2), by the quintic Newton-Schulz iteration.
 
-    Each iteration multiplies X by a polynomial of its Gram matrix G, and all of them commute: so the small G is iterated and X is
-    touched twice in all, which for a 192 x 1728 kernel is 2.5 times cheaper than iterating X.
+    Each iteration multiplies X by a polynomial of its Gram matrix G, and all of them commute: so the small G is iterated
+    and X is touched twice in all, which for a 192 x 1728 kernel is 2.5 times cheaper than iterating X.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
@@ -52,8 +53,7 @@ class Muon(torch.optim.Optimizer):
     """Groups with ``muon=True`` take orthogonal steps of RMS ``0.2 * lr``, like AdamW's; the others take Adam's."""
 
     def __init__(
-        self, groups: Iterable[dict[str, object]], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        self, groups: Iterable[dict[str, object]], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "muon": False})
 

@@ -1,12 +1,13 @@
 """The text side of the embedded base, trained before the UNet.
 
-A denoiser learns pixels long before it learns words, so words come first. The encoder is trained by what the UNet will ask of it: a
-small *sketcher* whose 8 x 8 queries cross-attend to the token states, like a UNet's, draws the 16 x 16 thumbnail of the scene; linear heads read
-subject and style on each side and the background from the pooled state; and the pooled state of bare words is drawn towards a
-sentence encoder's (:mod:`training.base.words`). The sketcher and the heads are thrown away.
+A denoiser learns pixels long before it learns words, so words come first. The encoder is trained by what the UNet will
+ask of it: a small *sketcher* whose 8 x 8 queries cross-attend to the token states, like a UNet's, draws the 16 x 16
+thumbnail of the scene; linear heads read subject and style on each side and the background from the pooled state; and
+the pooled state of bare words is drawn towards a sentence encoder's (:mod:`training.base.words`). The sketcher and the
+heads are thrown away.
 
-This replaces the contrastive image tower of the first plan: the thumbnail carries the same visual likeness, costs less, and trains the
-*token* states and the binding of places to nouns, which a pooled contrast never touches.
+This replaces the contrastive image tower of the first plan: the thumbnail carries the same visual likeness, costs less,
+and trains the *token* states and the binding of places to nouns, which a pooled contrast never touches.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def build(vocabulary: int, bos: int, eos: int) -> CLIPTextModel:
 
 
 class Batch(NamedTuple):
-    """``ids [B, L]``; ``thumbnails [B, 3, 16, 16]`` in -1..1; labels ``[B]`` with :data:`IGNORE` where unnamed; word ``ids`` and vectors."""
+    """``ids [B, L]``; ``thumbnails [B, 3, 16, 16]`` in -1..1; labels ``[B]`` with :data:`IGNORE` where unnamed; word
+    ``ids`` and vectors."""
 
     ids: Tensor
     thumbnails: Tensor
@@ -98,7 +100,9 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         out = self.text(batch.ids)
         sketch = F.mse_loss(self.sketcher(out.last_hidden_state), batch.thumbnails)
-        read = [F.cross_entropy(head(out.pooler_output), batch.labels[k], ignore_index=IGNORE) for k, head in self.heads.items()]
+        read = [
+            F.cross_entropy(head(out.pooler_output), batch.labels[k], ignore_index=IGNORE) for k, head in self.heads.items()
+        ]
         heads = torch.stack([x for x in read if torch.isfinite(x)]).mean()
         means = self.meaning(self.text(batch.word_ids).pooler_output)
         meaning = (1 - F.cosine_similarity(means, batch.word_vectors)).mean()

@@ -1,7 +1,7 @@
 """The embedded base's tokenizer: a small CLIP-style byte-pair encoding of our own.
 
-All 256 byte symbols are held with and without ``</w>``, because an unknown character would become the EOS id and cut the prompt;
-BOS and EOS are the two last ids, because ``eos_token_id == 2`` takes a legacy branch in transformers.
+All 256 byte symbols are held with and without ``</w>``, because an unknown character would become the EOS id and cut the
+prompt; BOS and EOS are the two last ids, because ``eos_token_id == 2`` takes a legacy branch in transformers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ CONTEXT = 32
 VOCABULARY = 6144
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 EXTRA = (
-    "photo picture painting drawing illustration poster of the with without and or in on at by for from one two three four five "
-    "wearing holding sitting standing next to above below behind front small big tiny huge cute happy sad funny old new young "
-    "top bottom center middle left right corner sky ground water mountain forest city room street light dark bright colorful "
+    "photo picture painting drawing illustration poster of the with without and or in on at by for from one two three four "
+    "five wearing holding sitting standing next to above below behind front small big tiny huge cute happy sad funny old new "
+    "young top bottom center middle left right corner sky ground water mountain forest city room street light dark bright colorful "
     "red orange yellow green blue purple pink brown black white gray grey golden silver hat crown bow glasses halo balloon "
     "low quality blurry ugly deformed high detailed best masterpiece sharp simple plain background style art sks ohwx "
-    "running jumping flying swimming moving rising falling growing shrinking shaking bouncing spinning still slowly fast video clip"
+    "running jumping flying swimming moving rising falling growing shrinking shaking bouncing spinning still "
+    "slowly fast video clip"
 )  # fmt: skip
 
 
@@ -40,7 +41,13 @@ def corpus(captions: int = 4000, seed: int = 3) -> list[str]:
         caption(sample_scene(rng, [str(x) for x in rng.choice(names, 1 + i % 2, replace=False)], BASE + HELDOUT), rng)
         for i in range(captions)
     ]
-    words = [*phrases(), *LOOK_PHRASES.values(), *MOTION_PHRASES.values(), *EXTRA.split(), *(p for s in STYLES.values() for p in s)]
+    words = [
+        *phrases(),
+        *LOOK_PHRASES.values(),
+        *MOTION_PHRASES.values(),
+        *EXTRA.split(),
+        *(p for s in STYLES.values() for p in s),
+    ]
     words += [c.class_word for c in concepts().values()]
     return lines + [w for w in words for _ in range(20)]
 

@@ -1,7 +1,8 @@
 """The UNet of the embedded base: epsilon prediction with a canvas curriculum.
 
-Stage 1 shows single subjects on a 32 x 32 canvas (8 x 8 latents): a quarter of the cost, and all of what things look like. Stage 2 goes on with
-whole 64 x 64 scenes, half of them pairs. VAE and text side are frozen: their outputs are computed once per pool of scenes.
+Stage 1 shows single subjects on a 32 x 32 canvas (8 x 8 latents): a quarter of the cost, and all of what things look
+like. Stage 2 goes on with whole 64 x 64 scenes, half of them pairs. VAE and text side are frozen: their outputs are
+computed once per pool of scenes.
 Loss: mean squared error of epsilon with min-SNR weighting (Hang et al., 2023), gamma = 5.
 """
 
@@ -81,7 +82,8 @@ class Pool:
 
     @torch.no_grad()
     def encode(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Block ``index``: posterior means and deviations ``[n, C, h, w]`` in half precision, caption states ``[n, 32, 192]``."""
+        """Block ``index``: posterior means and deviations ``[n, C, h, w]`` in half precision, caption states ``[n, 32,
+        192]``."""
         rng = np.random.default_rng([31, self.mixture.side, index])
         pairs = [sample(rng, self.mixture) for _ in range(self.block)]
         means, deviations, states = [], [], []
@@ -115,7 +117,7 @@ def batch_source(pool: Pool, size: int, world: int) -> Callable[[int, int], Batc
     def batch_at(step: int, rank: int) -> Batch:
         rng = np.random.default_rng([41, step, rank])
         newest = step * size // (pool.block * pool.passes) * world + rank
-        window = [i for i in range(newest, -1, -world)][: pool.keep]
+        window = list(range(newest, -1, -world))[: pool.keep]
         chosen = np.sort(rng.choice(window, size))
         parts = []
         for index in np.unique(chosen):

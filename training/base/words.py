@@ -1,7 +1,7 @@
 """What words mean, distilled: 64 numbers a phrase from a sentence encoder, kept in ``assets/atlas/words.npz``.
 
-``python -m training.base.words MODEL_DIR`` (all-MiniLM-L6-v2, Apache-2.0) makes the file once; the text side is then trained from the
-atlas alone, and words of concepts whose pictures the base never saw still mean something to it.
+``python -m training.base.words MODEL_DIR`` (all-MiniLM-L6-v2, Apache-2.0) makes the file once; the text side is then
+trained from the atlas alone, and words of concepts whose pictures the base never saw still mean something to it.
 """
 
 from __future__ import annotations

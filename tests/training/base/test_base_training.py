@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,8 @@ def test_a_run_learns_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path)
     import training.base.loop as loop
 
     run = Run(work=tmp_path / "cut", name="line", items=4800, batch=16, rate=5e-2, warmup=5, save_minutes=0.0)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         train(Line(), stopping, run)
-    except KeyboardInterrupt:
-        pass
     assert checkpoint.load(run.folder)[1]["items"] == 17 * 16
     again = loop.train(Line(), line_batch, run)
     assert all(torch.equal(whole[k], again[k]) for k in whole)
