@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -97,6 +98,7 @@ class Judge:
         bank: a ready bank; otherwise one is built of ``names`` (default: the whole atlas) in all styles and ``looks``.
         looks: looks in the bank besides the plain drawings.
         roundtrip: the shipped VAE there and back, see :func:`vae_roundtrip`.
+        cache: a folder that keeps templates that went through the VAE (see :func:`build_bank`).
         tau: least score of a present subject.
         flips: whether mirrored subjects count.
     """
@@ -107,10 +109,11 @@ class Judge:
         names: Iterable[str] | None = None,
         looks: Sequence[str] = (),
         roundtrip: RoundTrip | None = None,
+        cache: Path | None = None,
         tau: float = TAU,
         flips: bool = True,
     ) -> None:
-        self.bank = bank or build_bank(make_keys(names, looks=(None, *looks)), roundtrip)
+        self.bank = bank or build_bank(make_keys(names, looks=(None, *looks)), roundtrip, cache=cache)
         self.tau, self.flips = tau, flips
 
     @torch.no_grad()

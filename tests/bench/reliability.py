@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--tau", type=float, default=TAU)
     parser.add_argument("--look", help="a procedural look to measure instead of the art styles")
     parser.add_argument("--calibrate", action="store_true", help="print tau per kind of absent picture and stop")
+    parser.add_argument("--cache", type=Path, help="folder for templates that went through the VAE")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     given = parser.parse_args()
     roundtrip = None
@@ -183,7 +184,7 @@ def main() -> None:
         from diffusers import AutoencoderKL
 
         roundtrip = vae_roundtrip(AutoencoderKL.from_pretrained(given.vae, local_files_only=True).eval())
-    judge = Judge(roundtrip=roundtrip, tau=given.tau, looks=(given.look,) if given.look else ())
+    judge = Judge(roundtrip=roundtrip, cache=given.cache, tau=given.tau, looks=(given.look,) if given.look else ())
     for group in groups(judge.bank.equivalents):
         print("one drawing:", " = ".join(f"{name} ({style})" for name, style in group))
     numbers: dict[str, object] = {"tau": given.tau, "n": given.n}

@@ -7,9 +7,11 @@ come back from encoding and decoding the sprite on mid grey, so that softness th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -117,15 +119,48 @@ def template(key: Key, size: int) -> np.ndarray:
     return out
 
 
-def build_bank(keys: Sequence[Key], roundtrip: RoundTrip | None = None, group: bool = True) -> Bank:
-    """Draw every template of ``keys``; 2394 keys take some seconds, with a VAE about a minute."""
-    rgba = []
-    for size in SIZES:
-        drawn = torch.from_numpy(np.stack([template(key, size) for key in keys]))
-        rgba.append(drawn if roundtrip is None else through(drawn, roundtrip))
+def build_bank(
+    keys: Sequence[Key], roundtrip: RoundTrip | None = None, group: bool = True, cache: Path | None = None
+) -> Bank:
+    """Draw every template of ``keys``; 2394 keys take some seconds, with a VAE some minutes of one core.
+
+    ``cache``: a folder that keeps templates that went through a VAE, one file a VAE and set of keys.
+    """
+    if roundtrip is None:
+        rgba = [torch.from_numpy(drawn) for drawn in _draw(keys)]
+    else:
+        rgba = _cached(keys, roundtrip, cache)
     weights = [matching_weight(drawn[..., 3]) for drawn in rgba]
     coarse = tuple(compress(rgba[i], weights[i]) for i in COARSE)
     return Bank(tuple(keys), tuple(rgba), tuple(weights), coarse, equivalents(keys) if group else {})
+
+
+def _draw(keys: Sequence[Key]) -> list[np.ndarray]:
+    return [np.stack([template(key, size) for key in keys]) for size in SIZES]
+
+
+def _cached(keys: Sequence[Key], roundtrip: RoundTrip, folder: Path | None) -> list[Tensor]:
+    """Templates through the VAE, from ``folder`` when this VAE's are there."""
+    drawn = _draw(keys)
+    digest = hashlib.sha256(repr((keys, SIZES, PAD)).encode())
+    for part in (*drawn, _probe(roundtrip, drawn[-1][:4])):
+        digest.update(part.tobytes())
+    path = folder / f"templates-{digest.hexdigest()[:16]}.npz" if folder else None
+    if path and path.is_file():
+        with np.load(path, allow_pickle=False) as kept:
+            return [torch.from_numpy(kept[str(size)]) for size in SIZES]
+    rgba = [through(torch.from_numpy(part), roundtrip) for part in drawn]
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new.npz")
+        np.savez_compressed(fresh, **{str(size): part.numpy() for size, part in zip(SIZES, rgba, strict=True)})  # type: ignore[arg-type]
+        fresh.replace(path)
+    return rgba
+
+
+def _probe(roundtrip: RoundTrip, drawn: np.ndarray) -> np.ndarray:
+    """What a VAE makes of a few templates, coarsely rounded: tells VAEs apart, not threads."""
+    return (through(torch.from_numpy(drawn), roundtrip).numpy() // 16).astype(np.uint8)
 
 
 @torch.no_grad()

@@ -190,6 +190,24 @@ def test_templates_through_the_vae_fit_decoded_pictures_better() -> None:
     assert same.findings(picture)[0][0].score == pytest.approx(plain.findings(picture)[0][0].score, abs=0.01)
 
 
+def test_templates_of_one_vae_are_kept(tmp_path: Path) -> None:
+    calls = []
+
+    def counted(pictures: Tensor, shift: float = 0.0) -> Tensor:
+        calls.append(len(pictures))
+        return pictures + shift
+
+    keys = make_keys(("frog", "car"))
+    first = build_bank(keys, counted, cache=tmp_path)
+    made = sum(calls)
+    calls.clear()
+    again = build_bank(keys, counted, cache=tmp_path)
+    assert sum(calls) < made
+    assert all(torch.equal(a, b) for a, b in zip(first.rgba, again.rgba, strict=True))
+    build_bank(keys, lambda pictures: counted(pictures, 0.1), cache=tmp_path)
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
 def test_any_picture_type_is_the_same_picture() -> None:
     array = render(PAIR).image
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255

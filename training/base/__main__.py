@@ -17,7 +17,15 @@ Minutes = Annotated[float, typer.Option(help="Stop this sitting after so many mi
 
 @app.callback()
 def parts() -> None:
-    """Train the parts of the embedded base, in the order vae, text, unet."""
+    """Train the parts of the embedded base, in the order vae, tokenizer, text, unet."""
+
+
+@app.command()
+def tokenizer(out: Path = Path("assets/base/tokenizer")) -> None:
+    """Before step 2, once for a base: the tokenizer. Ties between words are broken anew each time, so it is committed."""
+    from training.base.tokenizer import build
+
+    build().save_pretrained(out)
 
 
 @app.command()

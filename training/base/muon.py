@@ -53,8 +53,13 @@ class Muon(torch.optim.Optimizer):
     """Groups with ``muon=True`` take orthogonal steps of RMS ``0.2 * lr``, like AdamW's; the others take Adam's."""
 
     def __init__(
-        self, groups: Iterable[dict[str, object]], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        groups: Iterable[dict[str, object]],
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "muon": False})
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from studio.art.atlas import STYLES, concepts
 from studio.art.backgrounds import BASE
 from studio.art.scenes import place_of, render
+from studio.paths import assets
 from training.base import words
 from training.base.data import Mixture, sample
 from training.base.tokenizer import CONTEXT
@@ -37,9 +38,10 @@ IGNORE = -100
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Any:
-    from training.base.tokenizer import build
+    """The committed tokenizer. Rebuilding it would reorder words of equal frequency and silently unlearn them."""
+    from transformers import CLIPTokenizer
 
-    return build()
+    return CLIPTokenizer.from_pretrained(assets() / "base" / "tokenizer", local_files_only=True)
 
 
 def build(vocabulary: int, bos: int, eos: int) -> CLIPTextModel:
