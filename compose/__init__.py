@@ -24,22 +24,27 @@ _HOME = {
     "encode_pair": "compose.text",
 }
 
-METHODS = {"merge": ("compose.merge", "Merge")}
-"""Composition methods by name: module and class."""
+METHODS = {
+    "merge": ("compose.merge", "Merge"),
+    "switch": ("compose.switch", "Switch"),
+    "composite": ("compose.composite", "Composite"),
+    "cmlora": ("compose.cmlora", "CMLoRA"),
+}
+"""Composition methods by name: module and class. The class knows its own options."""
 
 
-def method_named(name: str) -> Method:
-    """A fresh composition method.
+def method_named(name: str, **options: Any) -> Method:
+    """A fresh composition method with checked options, which may come as text.
 
     Raises:
-        UnknownNameError: no such method.
+        UnknownNameError: no such method, or no such option of it. RequestError: an option does not fit.
     """
     from studio.errors import UnknownNameError
 
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
     module, cls = METHODS[name]
-    made: Method = getattr(import_module(module), cls)()
+    made: Method = getattr(import_module(module), cls).of(**options)
     return made
 
 

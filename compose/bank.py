@@ -33,6 +33,9 @@ Layer = nn.Linear | nn.Conv2d
 Gains = Callable[[Site], Sequence[float]]
 """How much each LoRA weighs at one layer, beside route and weight: ``site -> [k]``."""
 
+Fuse = Callable[[Sequence["Adapter"], Mapping[str, Layer]], Sequence["Adapter"]]
+"""What to attach in place of a request's LoRAs, given the layers of the models by the names LoRAs use."""
+
 KEPT = 16
 """Sets of weights whose ready products a layer remembers: enough for one per LoRA of a request."""
 
@@ -206,9 +209,11 @@ class LoraBank:
         adapters: the K LoRAs of a request. Those of weight 0 are checked and then left out.
         family: of the base, "" when unknown.
         base_sha256: of the base's weights, "" when unknown.
+        fuse: merges LoRAs before they are attached; each is checked by itself first.
 
     Attributes after entering:
-        notes: sentences for the user. matched: layers attached per adapter name.
+        adapters: what is attached, in the order of routes. requested: the LoRAs as they were given.
+        notes: sentences for the user. matched: layers per name of a requested LoRA.
 
     Raises on entering (nothing is attached then):
         RequestError: a model carries PEFT layers.
@@ -217,10 +222,17 @@ class LoraBank:
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module], adapters: Sequence[Adapter], *, family: str = "", base_sha256: str = ""
+        self,
+        models: Mapping[str, nn.Module],
+        adapters: Sequence[Adapter],
+        *,
+        family: str = "",
+        base_sha256: str = "",
+        fuse: Fuse | None = None,
     ) -> None:
         self.models = dict(models)
-        self.adapters = tuple(adapters)
+        self.requested = self.adapters = tuple(adapters)
+        self.fuse = fuse
         self.family, self.base_sha256 = family, base_sha256
         self.notes: list[str] = []
         self.matched: dict[str, int] = {}
@@ -231,9 +243,9 @@ class LoraBank:
         self._gains: Gains | None = None
 
     @classmethod
-    def on(cls, base: Base, adapters: Sequence[Adapter]) -> LoraBank:
+    def on(cls, base: Base, adapters: Sequence[Adapter], fuse: Fuse | None = None) -> LoraBank:
         """A bank for a loaded base."""
-        return cls(base.models(), adapters, family=base.family.name, base_sha256=base.sha256)
+        return cls(base.models(), adapters, family=base.family.name, base_sha256=base.sha256, fuse=fuse)
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -294,7 +306,7 @@ class LoraBank:
         """What goes where; every check happens here, before anything is attached."""
         self.notes, self.matched = [], {}
         for name, model in self.models.items():
-            if self.adapters and carries_peft(model):
+            if self.requested and carries_peft(model):
                 raise RequestError(
                     f"the {name} already carries PEFT adapter layers: unload them first, the studio attaches LoRAs itself"
                 )
@@ -304,9 +316,13 @@ class LoraBank:
             for path, module in model.named_modules()
             if isinstance(module, Layer)
         }
+        for adapter in self.requested:
+            self._fits(adapter, modules)
+        if self.fuse is not None:
+            self.adapters = tuple(self.fuse(self.requested, modules))
+            self.route = constant([1.0] * len(self.adapters))
         by_layer: dict[str, list[tuple[int, float, Delta]]] = {}
         for index, adapter in enumerate(self.adapters):
-            self._fits(adapter, modules)
             if adapter.weight != 0:
                 for key, delta in adapter.lora.layers.items():
                     by_layer.setdefault(key, []).append((index, adapter.weight, delta))

@@ -1,19 +1,136 @@
 """Merge: all LoRAs act everywhere and always, summed with their weights.
 
-    y = W x + sum_k w_k s_k B_k A_k x
+    y = W x + sum_k w_k(t, l) s_k B_k A_k x            t: share of the schedule, l: layer
 
-The exact sum of the deltas, not of the factors: adding the A's and the B's separately would bring cross terms B_i A_j.
+The exact sum of the deltas, not of the factors: adding the A's and the B's separately would bring cross terms B_i A_j. Weights
+may differ by block and change over the schedule. ``how`` names other ways to make one LoRA of several (:mod:`compose.fuse`).
 """
 
 from __future__ import annotations
 
-from compose.denoise import Method, Run
-from compose.routes import constant
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from compose.bank import Adapter, Layer
+from compose.fuse import Recipe, fused, layer_weights
+from compose.routes import Site, constant
+from compose.run import Method, Options, Run, Step
+from studio.errors import RequestError
+from studio.requests import Finite
+
+EVERY = "*"
+SHORT = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+How = Literal["sum", "cat", "svd", "ties", "dare", "dare_ties", "lego"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MergeOptions(Options):
+    """Options of :class:`Merge`.
+
+    Args:
+        how: "sum" keeps the LoRAs apart; the others make one LoRA of them first.
+        weight: multiplies all weights; "1/K" divides by the number of LoRAs.
+        blocks: by LoRA name (or "*" for all) the weights of parts of the model: ``{"*": {"up": 0.5, "down_blocks.1": 0}}``.
+            Parts are ``down``, ``mid``, ``up``, ``text_encoder`` or the beginning of a layer's name; the longest one counts.
+        schedule: by LoRA name (or "*") pairs of (share of the schedule, weight), joined by straight lines:
+            ``{"style": [[0, 0], [0.5, 1]]}``.
+        rank, density, seed: of the ways that make one LoRA; see :class:`compose.fuse.Recipe`.
+    """
+
+    how: How = "sum"
+    weight: Finite | Literal["1/K"] = 1.0
+    blocks: Mapping[str, Mapping[str, Finite]] = Field(default_factory=dict)
+    schedule: Mapping[str, tuple[tuple[Share, Finite], ...]] = Field(default_factory=dict)
+    rank: Annotated[int, Field(ge=1)] | None = None
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: int = 0
+
+    @field_validator("blocks", "schedule", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        """Also as JSON text."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is no JSON ({error})") from None
+
+
+def at(points: Sequence[tuple[float, float]], share: float) -> float:
+    """The line through ``points`` at ``share``; level before the first and after the last."""
+    points = sorted(points)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= share < x1:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    return points[0][1] if share < points[0][0] else points[-1][1]
+
+
+def block_weight(parts: Mapping[str, float], layer: str) -> float:
+    """The weight of the longest part that ``layer`` belongs to; 1 when none does."""
+    name = layer.removeprefix("unet.")
+    fitting = [part for part in parts if f"{name}.".startswith(f"{_full(part)}.")]
+    return parts[max(fitting, key=lambda part: len(_full(part)))] if fitting else 1.0
+
+
+def _full(part: str) -> str:
+    return SHORT.get(part, part)
 
 
 class Merge(Method):
     """Weighted sum of any number of LoRAs; with none, the stock model."""
 
+    takes: ClassVar[type[Options]] = MergeOptions
+    options: MergeOptions
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        have = {EVERY} | ({a.name for a in adapters} if self.options.how == "sum" else set())
+        for option in ("blocks", "schedule"):
+            for name in getattr(self.options, option):
+                if name not in have:
+                    why = "one LoRA is made of all, so only '*' can be meant" if self.options.how != "sum" else "no such LoRA"
+                    raise RequestError(f"'{option}' names '{name}', but {why} in this request")
+        if any(not points for points in self.options.schedule.values()):
+            raise RequestError("'schedule' holds an empty list: give pairs of (share of the schedule, weight)")
+
+    def fuse(self, adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
+        live = [adapter for adapter in adapters if adapter.weight != 0]
+        factor = 1 / max(len(live), 1) if self.options.weight == "1/K" else self.options.weight
+        if self.options.how == "sum":
+            return [Adapter(a.name, a.lora, a.weight * factor) for a in adapters]
+        if not live:
+            return []
+        options = self.options
+        recipe = Recipe(how=options.how, rank=options.rank, density=options.density, seed=options.seed)
+        one = fused([(a.weight, a.lora) for a in live], layer_weights(layers), recipe)
+        return [Adapter(" + ".join(a.name for a in live), one, factor)]
+
     def prepare(self, run: Run) -> None:
-        if run.bank is not None:
-            run.bank.route = constant([1.0] * len(run.bank.adapters))
+        bank = run.bank
+        if bank is None:
+            return
+        bank.route = constant([1.0] * len(bank.adapters))
+        if not self.options.blocks:
+            return
+        touched = {layer for adapter in bank.adapters for layer in adapter.lora.layers}
+        for part in {part for parts in self.options.blocks.values() for part in parts}:
+            if all(block_weight({part: 0.0}, layer) == 1 for layer in touched):
+                raise RequestError(f"'blocks' names '{part}', where no LoRA of the request has a layer")
+        bank.by_layer(lambda site: self.gains(bank.adapters, site))
+        if run.encode is not None and any(layer.startswith("text_encoder") for layer in touched):
+            run.condition(*run.encode())
+
+    def gains(self, adapters: Sequence[Adapter], site: Site) -> list[float]:
+        """What ``blocks`` says about one layer, for every LoRA."""
+        every = self.options.blocks.get(EVERY, {})
+        return [block_weight({**every, **self.options.blocks.get(a.name, {})}, site.name) for a in adapters]
+
+    def before_step(self, run: Run, step: Step) -> None:
+        if run.bank is None or not self.options.schedule:
+            return
+        every = self.options.schedule.get(EVERY, ((0.0, 1.0),))
+        run.bank.route = constant([at(self.options.schedule.get(a.name, every), step.fraction) for a in run.bank.adapters])

@@ -60,13 +60,18 @@ _VECTOR = re.compile(
 )
 
 
+def is_temporal(name: str) -> bool:
+    """Whether the layer called ``name`` looks along the frames of a clip."""
+    return _TEMPORAL.search(name) is not None
+
+
 def site_of(name: str, module: nn.Module) -> Site:
     """The site of the layer called ``name``."""
     if name.startswith("text_encoder"):
         return Site(name, Kind.VECTOR if _VECTOR.search(name) else Kind.TEXT)
     if isinstance(module, nn.Conv2d):
         return Site(name, Kind.CONV)
-    if _TEMPORAL.search(name):
+    if is_temporal(name):
         return Site(name, Kind.TEMPORAL)
     if _TEXT.search(name):
         return Site(name, Kind.TEXT)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
-from compose.bank import Adapter, LoraBank
-from compose.routes import Grid, Route
+from compose.bank import Adapter, Layer, LoraBank
+from compose.routes import Grid
 from compose.text import Encoded, added_conditions
-from studio.errors import CancelledError, RequestError
+from studio.errors import CancelledError
 from studio.requests import Request
 
 if TYPE_CHECKING:
@@ -182,10 +181,10 @@ class Options(Request):
 class Method:
     """How a prediction is made. The base class is the stock model, with whatever the bank's route lets act."""
 
-    Options: ClassVar[type[Options]] = Options
+    takes: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Options | None = None) -> None:
-        self.options = options or self.Options()
+        self.options = options or self.takes()
 
     @classmethod
     def of(cls, **options: Any) -> Self:
@@ -194,14 +193,14 @@ class Method:
         Raises:
             UnknownNameError, RequestError: an option that is unknown or does not fit.
         """
-        return cls(cls.Options.of(**options))
+        return cls(cls.takes.of(**options))
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise a RequestError when these LoRAs cannot be composed this way; called before anything is loaded or attached."""
 
-    def adapters(self, adapters: Sequence[Adapter]) -> list[Adapter]:
+    def fuse(self, adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
         """What the bank shall attach in place of a request's LoRAs: merges of weights happen here."""
-        return list(adapters)
+        return adapters
 
     def prepare(self, run: Run) -> None:
         """Called once, before the first step."""
@@ -215,71 +214,6 @@ class Method:
 
     def after_step(self, run: Run, step: Step) -> None:
         """Called after each timestep, with the new ``run.latents``."""
-
-
-class SeparateOptions(Options):
-    """Options of every method that lets LoRAs act one by one.
-
-    Args:
-        always: LoRAs that act in every pass, such as one that makes few steps possible. They are not counted as concepts.
-    """
-
-    always: tuple[str, ...] = ()
-
-    @field_validator("always", mode="before")
-    @classmethod
-    def _as_list(cls, value: object) -> object:
-        """Also as text: ``name,name``."""
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
-class Separate(Method):
-    """Base of methods that let the LoRAs of a request act one by one.
-
-    Attributes after :meth:`prepare`:
-        concepts: indices of the LoRAs that take turns; none when there is no LoRA with a weight.
-        prompts: ``(negative, positive)`` of each concept, encoded with that LoRA alone where it changes the text encoder.
-    """
-
-    Options: ClassVar[type[Options]] = SeparateOptions
-    options: SeparateOptions
-
-    def check(self, adapters: Sequence[Adapter]) -> None:
-        names = [adapter.name for adapter in adapters]
-        for name in self.options.always:
-            if name not in names:
-                raise RequestError(
-                    f"'always' names '{name}', which is none of the request's LoRAs ({', '.join(names) or 'it has none'})"
-                )
-
-    def prepare(self, run: Run) -> None:
-        bank = run.bank
-        self.check(bank.adapters if bank is not None else ())
-        self.always: tuple[int, ...] = ()
-        self.concepts: tuple[int, ...] = ()
-        self.prompts: dict[int, tuple[Encoded, Encoded]] = {}
-        if bank is None:
-            return
-        self.always = tuple(k for k in bank.active if bank.adapters[k].name in self.options.always)
-        self.concepts = tuple(k for k in bank.active if k not in self.always)
-        if not self.concepts:
-            return
-        speaking = any(key.startswith("text_encoder") for k in bank.active for key in bank.adapters[k].lora.layers)
-        for concept in self.concepts:
-            if speaking and run.encode is not None:
-                with bank.acting(self.only(run, concept)):
-                    self.prompts[concept] = run.encode()
-            else:
-                self.prompts[concept] = (run.negative, run.positive)
-
-    def weights(self, run: Run, concept: int | None) -> list[float]:
-        """One number per LoRA: 1 for ``concept`` and for those that always act."""
-        count = len(run.bank.adapters) if run.bank is not None else 0
-        return [1.0 if k == concept or k in self.always else 0.0 for k in range(count)]
-
-    def only(self, run: Run, concept: int | None) -> Route:
-        """The route that lets one concept act, with those that always do."""
-        return torch.tensor(self.weights(run, concept)).view(1, 1, 1, 1, 1, -1)
 
 
 def joined(*several: Encoded) -> Encoded:

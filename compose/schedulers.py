@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,9 @@ SAMPLERS: Mapping[str, Sampler] = {
     "dpmpp_2m_karras": _multistep("DPM++ 2M Karras", **KARRAS),
     "dpmpp_2m_sde": _multistep("DPM++ 2M SDE", algorithm_type="sde-dpmsolver++"),
     "dpmpp_2m_sde_karras": _multistep("DPM++ 2M SDE Karras", algorithm_type="sde-dpmsolver++", **KARRAS),
+    "dpmpp_2m_sde_heun": _multistep("DPM++ 2M SDE Heun", algorithm_type="sde-dpmsolver++", solver_type="heun"),
     "dpmpp_2s": _singlestep("DPM++ 2S"),
+    "dpmpp_3m_sde": _multistep("DPM++ 3M SDE", algorithm_type="sde-dpmsolver++", solver_order=3),
     "dpmpp_sde": _singlestep("DPM++ SDE", algorithm_type="sde-dpmsolver++"),
     "dpmpp_sde_karras": _singlestep("DPM++ SDE Karras", algorithm_type="sde-dpmsolver++", **KARRAS),
     "euler": _plain("euler_discrete", "EulerDiscrete", "Euler"),
@@ -63,14 +65,59 @@ ALIASES: Mapping[str, str] = {
     "euler_ancestral": "euler_a",
     "k_euler": "euler",
     "k_euler_a": "euler_a",
+    "k_dpmpp_2m": "dpmpp_2m",
+    "k_dpmpp_sde": "dpmpp_sde",
+    "k_heun": "heun",
     "dpmpp": "dpmpp_2m",
+    "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
+    "dpmpp_2m_sde_heun_gpu": "dpmpp_2m_sde_heun",
     "dpmpp_2s_a": "dpmpp_2s",
+    "dpmpp_2s_ancestral": "dpmpp_2s",
+    "dpmpp_3m_sde_gpu": "dpmpp_3m_sde",
+    "dpmpp_sde_gpu": "dpmpp_sde",
     "dpm_2": "dpm2",
+    "dpm_2_a": "dpm2_a",
     "dpm_2_ancestral": "dpm2_a",
     "plms": "pndm",
     "uni_pc": "unipc",
     "uni_pc_bh2": "unipc",
 }
+
+NEAREST: Mapping[str, str] = {
+    "ddim_cfgpp": "ddim",
+    "dpm_adaptive": "dpmpp_2m",
+    "dpm_fast": "dpmpp_2m",
+    "euler_a_cfg_pp": "euler_a",
+    "euler_ancestral_cfg_pp": "euler_a",
+    "euler_cfg_pp": "euler",
+    "heunpp2": "heun",
+    "ipndm": "deis",
+    "ipndm_v": "deis",
+    "lms": "euler",
+    "restart": "heun",
+}
+"""Samplers of other programs that are not here, and what comes nearest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the noise levels are spread, for the samplers ``fits``."""
+
+    title: str
+    settings: Mapping[str, Any]
+    fits: frozenset[str]
+
+
+_SIGMAS = frozenset(
+    "deis dpm2 dpm2_a dpmpp_2m dpmpp_2m_sde dpmpp_2m_sde_heun dpmpp_2s dpmpp_3m_sde dpmpp_sde euler heun unipc".split()
+)
+_SPACED = (_SIGMAS | {"ddim", "ddpm", "euler_a", "pndm"}) - {"dpmpp_2s", "dpmpp_sde"}
+SCHEDULES: Mapping[str, Schedule] = {
+    "karras": Schedule(title="Karras", settings=KARRAS, fits=_SIGMAS),
+    "exponential": Schedule(title="Exponential", settings={"use_exponential_sigmas": True}, fits=_SIGMAS),
+    "sgm_uniform": Schedule(title="SGM Uniform", settings={"timestep_spacing": "trailing"}, fits=_SPACED),
+}
+_SAME_SCHEDULE = {"simple": "sgm_uniform", "normal": "", "uniform": "", "ddim_uniform": ""}
 
 # What a latent diffusion schedule needs and some classes default otherwise; used only where the base's own file is silent.
 LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "thresholding": False}
@@ -79,19 +126,42 @@ LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offse
 def sampler_name(name: str) -> str:
     """The canonical name of a sampler: ours, A1111's ("DPM++ 2M Karras") or ComfyUI's ("euler_ancestral").
 
+    The name of a schedule may follow the sampler's, as those programs show them: ``dpm2_karras``, ``euler_sgm_uniform``.
+
     Raises:
-        UnknownNameError: no such sampler.
+        UnknownNameError: no such sampler, or one that does not know the schedule.
     """
     plain = name.strip().lower().replace("++", "pp").replace("-", "_").replace(" ", "_").replace("a1111_", "")
     plain = ALIASES.get(plain, plain)
     if plain in SAMPLERS:
         return plain
-    raise UnknownNameError("scheduler", name, [*SAMPLERS, *ALIASES])
+    for word in sorted({*SCHEDULES, *_SAME_SCHEDULE}, key=len, reverse=True):
+        head, found = plain.removesuffix(f"_{word}"), _SAME_SCHEDULE.get(word, word)
+        head = ALIASES.get(head, head)
+        if plain.endswith(f"_{word}") and head in SAMPLERS:
+            if not found:
+                return head
+            if head in SCHEDULES[found].fits:
+                return f"{head}_{found}"
+            raise UnknownNameError("scheduler", name, [head], hint=f"('{head}' knows no schedule '{word}')")
+        plain = head if head in NEAREST else plain
+    hint = f"(other programs have it; the nearest here is '{NEAREST[plain]}')" if plain in NEAREST else ""
+    raise UnknownNameError("scheduler", name, [*SAMPLERS, *ALIASES], hint=hint)
+
+
+def sampler_named(name: str) -> Sampler:
+    """The sampler of any name that :func:`sampler_name` takes."""
+    canonical = sampler_name(name)
+    if canonical in SAMPLERS:
+        return SAMPLERS[canonical]
+    word = next(word for word in SCHEDULES if canonical.endswith(f"_{word}"))
+    plain, schedule = SAMPLERS[canonical.removesuffix(f"_{word}")], SCHEDULES[word]
+    return replace(plain, title=f"{plain.title} {schedule.title}", settings={**plain.settings, **schedule.settings})
 
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     """A fresh scheduler called ``name`` over the noise schedule of ``like`` (betas, prediction type, offsets)."""
-    sampler = SAMPLERS[sampler_name(name)]
+    sampler = sampler_named(name)
     cls = getattr(import_module(f"diffusers.schedulers.{sampler.module}"), sampler.cls)
     config = dict(like.config)
     defaults = {key: value for key, value in LATENT_DEFAULTS.items() if key not in config}

@@ -79,8 +79,7 @@ def chunks(words: Words, text: str) -> list[Chunk]:
 def learnt(embeddings: Sequence[Embedding], text: str) -> set[str]:
     """Names of the embeddings that ``text`` calls."""
     prompt = parse(text)
-    found = {match.name for section in prompt.sections for p in section for match, _ in _split(embeddings, p.text) if match}
-    return found
+    return {match.name for section in prompt.sections for p in section for match, _ in _split(embeddings, p.text) if match}
 
 
 def one_chunk(words: Words, text: str, reader: str) -> None:

@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.image import GenerateResult, generate, rerun
+    from pipelines.again import rerun
+    from pipelines.image import GenerateResult, generate
 
 __all__ = ["GenerateResult", "generate", "rerun"]
 
-_HOME = {"GenerateResult": "pipelines.image", "generate": "pipelines.image", "rerun": "pipelines.image"}
+_HOME = {"GenerateResult": "pipelines.image", "generate": "pipelines.image", "rerun": "pipelines.again"}
 
 
 def __getattr__(name: str) -> Any:

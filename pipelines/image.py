@@ -1,29 +1,31 @@
-"""Pictures from a prompt, and again from a picture."""
+"""Pictures from a prompt."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import studio
 from compose import method_named
 from compose.bank import Adapter, LoraBank
 from compose.denoise import Event, OnStep, denoise
-from compose.schedulers import SAMPLERS, sampler_name
-from compose.text import encode_pair
-from pipelines.memory import check_memory, is_out_of_memory, out_of_memory
+from compose.schedulers import sampler_name
+from compose.text import Encoded, Reading, encode_pair
+from compose.tokens import learnt
+from pipelines.memory import check_memory, decode_within, is_out_of_memory, out_of_memory
 from pipelines.progress import Bar
+from pipelines.records import Made
 from studio.base import Base, load_base
+from studio.embeddings import Embedding, load_embeddings
 from studio.errors import RequestError
-from studio.media import auto_v3, decode, infotext, read_request, save_png
-from studio.requests import MAX_SEED, GenerateRequest, Sampling, as_request
+from studio.media import save_png
+from studio.prompts import not_followed, parse, take_tags
+from studio.requests import MAX_SEED, GenerateRequest, LoraRef, Sampling, as_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,6 +59,15 @@ class GenerateResult:
         return written
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on: see :func:`generate`."""
+
+    progress: bool | None = None
+    on_step: OnStep | None = None
+    cancelled: Callable[[], bool] | None = None
+
+
 def generate(
     request: GenerateRequest | Mapping[str, Any] | str,
     *,
@@ -64,6 +75,9 @@ def generate(
     on_step: OnStep | None = None,
     cancelled: Callable[[], bool] | None = None,
     device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory: str = "auto",
+    lora_dirs: Sequence[str | Path] = (),
     **fields: Any,
 ) -> GenerateResult:
     """Pictures for a prompt, or for a whole request.
@@ -73,50 +87,50 @@ def generate(
             ``loras=["name:0.8"]`` or ``seed=1``.
         progress: True or False shows or hides the progress bar; None shows it on a terminal.
         on_step: called after every timestep, with lazy previews. cancelled: asked before every timestep.
+        device, dtype, memory: where the base runs, see :func:`studio.placement.place`.
+        lora_dirs: folders where LoRAs are looked for first.
 
     Raises:
         studio.errors.StudioError: with one sentence.
     """
-    asked = as_request(request, **fields)
+    asked, notes = without_tags(as_request(request, **fields))
     method_named(asked.method)
     if asked.scheduler is not None:
         sampler_name(asked.scheduler)
-    base = load_base(asked.base, device=device)
+    base = load_base(asked.base, device, dtype, vae=asked.vae, memory=memory)
     sampling = asked.sampling(base.family, secrets.randbelow(MAX_SEED + 1))
     full = asked.with_(**asdict(sampling))
     check_size(base, sampling.size)
-    adapters = load_adapters(full)
-    notes = missing_triggers(full, adapters)
+    adapters = load_adapters(full, lora_dirs)
+    embeddings = load_embeddings(full.embeddings)
+    notes += missing_triggers(full, adapters) + missing_embeddings(full, embeddings)
     seeds = [(sampling.seed + index) % (MAX_SEED + 1) for index in range(full.count)]
+    reading = Reading(full.clip_skip, tuple(embeddings))
     started = time.perf_counter()
     with LoraBank.on(base, adapters) as bank:
-        images, more = _sample(base, bank, full, sampling, seeds, progress, on_step, cancelled)
-        notes += bank.notes + more
+        notes += bank.notes
+        images = _sample(base, bank, full, sampling, seeds, reading, notes, Watch(progress, on_step, cancelled))
     seconds = time.perf_counter() - started
-    sidecars = [sidecar(base, full, adapters, seeds, index, notes) for index in range(full.count)]
-    texts = [a1111(base, full, sampling, adapters, seed) for seed in seeds]
+    made = Made(
+        base=base, request=full, sampling=sampling, adapters=adapters, embeddings=embeddings, seeds=seeds, notes=notes
+    )
+    sidecars, texts = made.records()
     return GenerateResult(
         images=images, request=full, seeds=seeds, seconds=seconds, notes=notes, sidecars=sidecars, parameters=texts
     )
 
 
-def rerun(path: str | Path, **options: Any) -> GenerateResult:
-    """Make a picture again from the request it carries. ``options`` are those of :func:`generate`.
-
-    A base or LoRA that has changed since is said in the notes.
-    """
-    told = read_request(path)
-    result = generate(told["request"], **options)
-    now = result.sidecars[0]
-    if told.get("base", {}).get("sha256") != now["base"]["sha256"]:
-        result.notes.append(
-            f"the base '{result.request.base}' has other weights than when {Path(path).name} was made: the picture differs"
-        )
-    before = {lora["name"]: lora["sha256"] for lora in told.get("loras", [])}
-    for lora in now["loras"]:
-        if before.get(lora["name"]) != lora["sha256"]:
-            result.notes.append(f"LoRA '{lora['name']}' has changed since {Path(path).name} was made: the picture differs")
-    return result
+def without_tags(request: GenerateRequest) -> tuple[GenerateRequest, list[str]]:
+    """The request with the LoRAs that its prompt asks for among its own, and notes on what was done."""
+    prompt, tags = take_tags(request.prompt)
+    negative, idle = take_tags(request.negative)
+    notes = [f"LoRA '{tag.name}' is taken from the prompt, with the weight {tag.weight:g}" for tag in tags]
+    notes += [f"LoRA '{tag.name}' in the negative prompt does nothing: name it in the prompt" for tag in idle]
+    notes += not_followed(prompt) + not_followed(negative)
+    if tags or idle:
+        loras = (*request.loras, *(LoraRef.of(name=tag.name, weight=tag.weight) for tag in tags))
+        request = request.with_(prompt=prompt, negative=negative, loras=loras)
+    return request, notes
 
 
 def check_size(base: Base, size: tuple[int, int]) -> None:
@@ -132,24 +146,34 @@ def check_size(base: Base, size: tuple[int, int]) -> None:
     )
 
 
-def load_adapters(request: GenerateRequest) -> list[Adapter]:
+def load_adapters(request: GenerateRequest, lora_dirs: Sequence[str | Path] = ()) -> list[Adapter]:
     """Find and read the LoRAs of a request."""
     if not request.loras:
         return []
     from studio.lora.files import load_lora
     from studio.lora.library import find_lora
 
-    return [Adapter(name=ref.name, lora=load_lora(find_lora(ref.name)), weight=ref.weight) for ref in request.loras]
+    return [Adapter(name=ref.name, lora=load_lora(find_lora(ref.name, lora_dirs)), weight=ref.weight) for ref in request.loras]
 
 
 def missing_triggers(request: GenerateRequest, adapters: list[Adapter]) -> list[str]:
     """A note for each LoRA whose trigger the prompt lacks. The prompt is never changed silently."""
-    words = f" {' '.join(request.prompt.lower().replace(',', ' ').replace('.', ' ').split())} "
+    words = f" {' '.join(parse(request.prompt).plain.lower().replace(',', ' ').replace('.', ' ').split())} "
     return [
         f"the prompt lacks the trigger '{adapter.lora.trigger}' of LoRA '{adapter.name}': "
         "add it to see what the LoRA was taught"
         for adapter in adapters
         if adapter.weight != 0 and adapter.lora.trigger and f" {' '.join(adapter.lora.trigger.lower().split())} " not in words
+    ]
+
+
+def missing_embeddings(request: GenerateRequest, embeddings: list[Embedding]) -> list[str]:
+    """A note for each embedding that no prompt calls."""
+    called = learnt(embeddings, request.prompt) | learnt(embeddings, request.negative)
+    return [
+        f"no prompt calls the embedding '{embedding.name}': write '{embedding.calls[-1]}' where it should act"
+        for embedding in embeddings
+        if embedding.name not in called
     ]
 
 
@@ -159,32 +183,37 @@ def _sample(
     request: GenerateRequest,
     sampling: Sampling,
     seeds: list[int],
-    progress: bool | None,
-    on_step: OnStep | None,
-    cancelled: Callable[[], bool] | None,
-) -> tuple[list[Image], list[str]]:
-    """Denoise and decode in rounds of the family's batch; smaller ones when memory runs out."""
+    reading: Reading,
+    notes: list[str],
+    watch: Watch,
+) -> list[Image]:
+    """Denoise and decode in rounds of the family's batch; smaller ones when memory runs out. ``notes`` are added to."""
     halves = 2 if sampling.guidance > 1 else 1
     size = sampling.size
-    notes: list[str] = []
     room = min(base.family.batch, len(seeds))
     check_memory(base, size, halves)
     images: list[Image] = []
-    with Bar("denoising", sampling.steps * len(seeds), progress) as bar:
+    said: list[str] = []
+
+    def encoded(rows: int) -> tuple[Encoded, Encoded]:
+        negative, positive = encode_pair(base, [request.prompt], [request.negative], reading)
+        return negative.rows([0] * rows), positive.rows([0] * rows)
+
+    with Bar("denoising", sampling.steps * len(seeds), watch.progress) as bar:
 
         def stepped(event: Event) -> None:
             bar.reach((len(images) + (event.step.index + 1) / event.step.count * len(now)) * sampling.steps)
-            if on_step is not None:
-                on_step(event)
+            if watch.on_step is not None:
+                watch.on_step(event)
 
         while len(images) < len(seeds):
             now = seeds[len(images) : len(images) + room]
             try:
-                negative, positive = encode_pair(base, [request.prompt], [request.negative])
+                negative, positive = encoded(len(now))
                 latents = denoise(
                     base,
-                    negative.rows([0] * len(now)),
-                    positive.rows([0] * len(now)),
+                    negative,
+                    positive,
                     seeds=now,
                     size=size,
                     steps=sampling.steps,
@@ -192,52 +221,18 @@ def _sample(
                     scheduler=sampling.scheduler,
                     method=method_named(request.method),
                     bank=bank,
+                    encode=lambda rows=len(now): encoded(rows),  # type: ignore[misc]
                     on_step=stepped,
-                    cancelled=cancelled,
+                    cancelled=watch.cancelled,
+                    notes=said,
                 )
-                images += decode(base.vae, latents)
+                images += decode_within(base, latents, said)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if len(now) == 1:
                     raise out_of_memory(base, size, halves) from error
                 room = len(now) // 2
-                notes = [f"memory was short: the pictures were made {room} at a time"]
-    return images, notes
-
-
-def sidecar(
-    base: Base, request: GenerateRequest, adapters: list[Adapter], seeds: list[int], index: int, notes: list[str]
-) -> dict[str, Any]:
-    """What picture ``index`` of a result carries: a request that makes this one picture again, and what it was made with."""
-    own = request.with_(seed=seeds[index], count=1)
-    return {
-        "studio": studio.__version__,
-        "request": own.model_dump(mode="json"),
-        "batch": {"index": index, "count": request.count, "seed": request.seed},
-        "base": {"name": base.name, "family": base.family.name, "sha256": base.sha256},
-        "loras": [{"name": a.name, "weight": a.weight, "sha256": a.lora.sha256} for a in adapters],
-        "made_with": {
-            **{name: version(name) for name in ("torch", "diffusers", "transformers")},
-            "device": str(base.device),
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        },
-        "notes": list(notes),
-    }
-
-
-def a1111(base: Base, request: GenerateRequest, sampling: Sampling, adapters: list[Adapter], seed: int) -> str:
-    """The ``parameters`` text of one picture."""
-    loras = [(Path(a.name).stem, a.weight, auto_v3(a.lora.source) if a.lora.source else "") for a in adapters]
-    settings = {
-        "Steps": sampling.steps,
-        "Sampler": SAMPLERS[sampler_name(sampling.scheduler)].title,
-        "CFG scale": f"{sampling.guidance:g}",
-        "Seed": seed,
-        "Size": f"{sampling.size[0]}x{sampling.size[1]}",
-        "Model hash": base.sha256[:10],
-        "Model": base.name,
-        "Version": f"studio {studio.__version__}",
-    }
-    return infotext(request.prompt, request.negative, loras, settings)
+                said = [f"memory was short: the pictures were made {room} at a time"]
+    notes += dict.fromkeys(said)
+    return images

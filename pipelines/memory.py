@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from studio.errors import OutOfMemoryError
+from studio.media import decode
+from studio.placement import free_bytes
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from studio.base import Base
 
 LIVE_MAPS = 6
 """Feature maps of the widest level that surely live at once in a block: a lower bound, to refuse nothing that fits."""
+TILED = "memory was short: the VAE worked in tiles, which may show faintly"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,27 +37,42 @@ def least_bytes(base: Base, size: tuple[int, int], rows: int) -> int:
     item = torch.finfo(base.dtype).bits // 8
     cells = (width // base.latent_factor) * (height // base.latent_factor)
     unet = LIVE_MAPS * rows * cells * int(base.unet.config.block_out_channels[0]) * item
-    vae = LIVE_MAPS * width * height * int(base.vae.config.block_out_channels[0]) * 4
-    return max(unet, vae)
+    tile = int(base.vae.config.sample_size)
+    whole = base.placement.memory == "high"
+    return max(unet, vae_bytes(base, size if whole else (min(width, tile), min(height, tile))))
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on ``device``; None when nobody can tell."""
-    if device.type == "cuda":
-        return (
-            int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        )
+def vae_bytes(base: Base, size: tuple[int, int]) -> int:
+    """A lower bound for the working memory of decoding one picture of ``size`` in one piece."""
+    return LIVE_MAPS * size[0] * size[1] * int(base.vae.config.block_out_channels[0]) * 4
+
+
+def decode_within(base: Base, latents: Tensor, notes: list[str]) -> list[Image]:
+    """Latents to pictures; in tiles where memory is asked to stay low or a whole picture does not fit."""
+    memory, size = base.placement.memory, (latents.shape[-1] * base.latent_factor, latents.shape[-2] * base.latent_factor)
+    free = free_bytes(base.device)
+    if memory != "low" and (memory == "high" or free is None or vae_bytes(base, size) <= free):
+        try:
+            return decode(base.vae, latents)
+        except (RuntimeError, MemoryError) as error:
+            if memory == "high" or not is_out_of_memory(error):
+                raise
+    with tiles(base):
+        images = decode(base.vae, latents)
+    if memory != "low" and TILED not in notes:
+        notes.append(TILED)
+    return images
+
+
+@contextmanager
+def tiles(base: Base) -> Iterator[None]:
+    """Meanwhile the VAE works in overlapping tiles of its own picture size."""
+    before = base.vae.use_tiling
+    base.vae.enable_tiling()
     try:
-        with open("/proc/meminfo", encoding="ascii") as table:
-            for line in table:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return None
+        yield
+    finally:
+        base.vae.enable_tiling(before)
 
 
 def check_memory(base: Base, size: tuple[int, int], rows: int) -> None:
@@ -102,17 +124,17 @@ def largest_fitting(base: Base, size: tuple[int, int], rows: int) -> tuple[int, 
 
 @torch.no_grad()
 def _runs(base: Base, size: tuple[int, int], rows: int) -> bool:
-    from compose.denoise import Run, joined
-    from compose.text import encode
+    """Whether one pass of the UNet over ``rows`` rows and one of the VAE's decoder fit."""
+    from compose.text import added_conditions, encode
 
     width, height = (side // base.latent_factor for side in size)
     try:
         x = torch.zeros(rows, base.latent_channels, height, width, device=base.device)
-        one = encode(base, [""])
-        many = one.rows([0] * rows)
-        run = Run(base=base, positive=one, negative=one, size=size, guidance=1.0, generators=[], scheduler=None, latents=x[:1])
-        run.forward(x, torch.zeros((), device=base.device), many if rows > 1 else joined(one, one).rows([0]))
-        base.vae.decode(x[:1].to(base.vae.dtype))
+        text = encode(base, [""]).rows([0] * rows)
+        added = added_conditions(base, text, size)
+        more = {} if added is None else {"added_cond_kwargs": added}
+        base.unet(x.to(base.dtype), torch.zeros((), device=base.device), encoder_hidden_states=text.states, **more)
+        decode_within(base, x[:1], [])
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

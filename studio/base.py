@@ -1,13 +1,17 @@
-"""Load a base model: the embedded one, a stock diffusers folder, or a hub id. Only safetensors weights are ever read."""
+"""Load a base model: the embedded one, a stock diffusers folder, a single-file checkpoint, or a hub id.
+
+Only safetensors weights are ever read, and only a hub id touches the network.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from studio.checkpoint import LIMITS, identify, read_vae
 from studio.errors import FileError, MissingAssetError, RequestError, UnknownNameError, UnsafeFileError
-from studio.family import Family, detect
+from studio.family import FAMILIES, Family, detect
+from studio.hashes import sha256_of
+from studio.lora.header import read_raw_header
 from studio.paths import assets
+from studio.placement import Placement, Turns, place
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -28,14 +36,17 @@ EMBEDDED = "embedded"
 WEIGHTED = ("unet", "text_encoder", "text_encoder_2", "vae")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PATH_VARIABLE = "STUDIO_MODEL_PATH"
+"""Folders with bases that are known by name, separated as in PATH."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Base:
     """A loaded base model: stock diffusers and transformers objects, in evaluation mode, without gradients.
 
-    ``sha256`` identifies the weights (see :func:`weights_sha256`). ``text_encoder_2`` and ``tokenizer_2`` exist for SDXL only.
-    The VAE stays in single precision: half precision overflows in many of them.
+    ``sha256`` identifies the weights: that of a single file, or :func:`weights_sha256` of a folder. ``source`` is the file or
+    folder. ``vae_name`` and ``vae_sha256`` are filled in when the VAE is another than the base's own. ``text_encoder_2`` and
+    ``tokenizer_2`` exist for SDXL only. The VAE stays in single precision: half precision overflows in many of them.
     """
 
     tokenizer: CLIPTokenizer
@@ -46,13 +57,17 @@ class Base:
     family: Family
     name: str
     sha256: str
-    folder: Path
+    source: Path
+    placement: Placement
     tokenizer_2: CLIPTokenizer | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
+    vae_name: str = ""
+    vae_sha256: str = ""
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        """Where it computes; with offload its models may lie elsewhere meanwhile."""
+        return self.placement.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,33 +100,51 @@ class Base:
         return found
 
 
-_LOADED: dict[tuple[Path, torch.device, torch.dtype], Base] = {}
+_LOADED: dict[tuple[Path, Path | None, Placement], Base] = {}
 
 
-def load_base(name: str | Path = EMBEDDED, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Base:
-    """The base called ``name``; loaded once per process, device and precision.
+def load_base(
+    name: str | Path = EMBEDDED,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    vae: str | None = None,
+    memory: str = "auto",
+) -> Base:
+    """The base called ``name``; loaded once per process, VAE and placement.
 
     Args:
-        name: ``"embedded"``, a stock diffusers folder, or a hub id ``owner/name``.
-        device: default: CUDA when there is one, then MPS, else the CPU.
-        dtype: of the UNet and the text encoders; default: half on a GPU for families that gain from it, else single.
+        name: ``"embedded"``, a stock diffusers folder, a single-file checkpoint, a name below ``STUDIO_MODEL_PATH``, or a hub
+            id ``owner/name``.
+        device, dtype, memory: see :func:`studio.placement.place`.
+        vae: another VAE than the base's own: a file, a diffusers folder or a hub id.
 
     Raises:
         UnknownNameError, RequestError, FileError, UnsafeFileError: see the sentence.
     """
-    folder = locate(str(name))
-    facts = read_json(folder / "studio.json") if (folder / "studio.json").is_file() else {}
-    unet_config = read_json(folder / "unet" / "config.json")
-    title = str(facts.get("name") or (folder.name if Path(name).exists() else name))
-    family = detect(unet_config, title, facts.get("family"))
-    place = torch.device(device) if device is not None else best_device()
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    precision = dtype or (torch.float16 if family.half and place.type == "cuda" else torch.float32)
-    key = (folder, place, precision)
+    source = locate(str(name))
+    if source.is_file():
+        checkpoint, facts = identify(source), {}
+        family, title = FAMILIES[checkpoint.family], source.stem
+    else:
+        checkpoint, facts = None, read_json(source / "studio.json") if (source / "studio.json").is_file() else {}
+        title = str(facts.get("name") or (source.name if Path(name).exists() else name))
+        family = detect(read_json(source / "unet" / "config.json"), title, facts.get("family"))
+    other = None if vae is None else locate_vae(vae)
+    placement = place(family, lambda: _numbers(source), device, dtype, memory)
+    key = (source, other, placement)
     if key not in _LOADED:
-        digest = str(facts.get("sha256") or weights_sha256(folder))
-        _LOADED[key] = _read(folder, place, precision, family=family, name=title, sha256=digest)
+        with quiet():
+            parts = checkpoint.read(*_at(placement)) if checkpoint else read_folder(source, *_at(placement))
+            if other is not None:
+                parts["vae"] = _other_vae(other, family).to(_at(placement)[0])
+        if parts["vae"] is None:
+            raise FileError(f"{source.name} holds no VAE: give one with --vae")
+        _check_vae(parts["vae"], int(parts["unet"].config.in_channels), str(vae or name))
+        digest = sha256_of([source])[0] if checkpoint else str(facts.get("sha256") or weights_sha256(source))
+        marks = {"vae_name": other.stem if other.is_file() else other.name, "vae_sha256": _any_sha256(other)} if other else {}
+        base = Base(**parts, **marks, family=family, name=title, sha256=digest, source=source, placement=placement)
+        _LOADED[key] = _placed(base)
     return _LOADED[key]
 
 
@@ -120,33 +153,56 @@ def forget_bases() -> None:
     _LOADED.clear()
 
 
-def best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
 def locate(name: str) -> Path:
-    """The folder of the base called ``name``; downloads a hub id when the hub can be reached."""
+    """The folder or single file of the base called ``name``; downloads a hub id when the hub can be reached."""
     if name == EMBEDDED:
         folder = assets() / "base"
         if not (folder / "unet").is_dir():
             raise MissingAssetError(f"the embedded base is not in {folder}: reinstall diffusion-customization-studio")
         return folder.resolve()
     path = Path(name).expanduser()
+    known = known_bases()
+    if not path.exists() and name.removesuffix(".safetensors") in known:
+        path = known[name.removesuffix(".safetensors")]
     if path.is_dir():
         return _checked_folder(path)
     if path.is_file():
-        raise RequestError(
-            f"base '{name}' is a single file: give a diffusers folder "
-            "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes one)"
-        )
+        return path.resolve()
     if HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
-        return _checked_folder(_from_hub(name))
+        wanted = ["*.json", "*/*.json", "tokenizer*/*", *(f"{part}/*.safetensors" for part in WEIGHTED)]
+        return _checked_folder(_from_hub(name, "base", wanted))
     beside = [entry.name for entry in Path.cwd().iterdir() if (entry / "model_index.json").is_file()]
-    raise UnknownNameError("base", name, [EMBEDDED, *beside], hint="(or give a diffusers folder or a hub id like owner/name)")
+    raise UnknownNameError(
+        "base", name, [EMBEDDED, *known, *beside], hint="(or give a checkpoint, a diffusers folder or a hub id like owner/name)"
+    )
+
+
+def known_bases() -> dict[str, Path]:
+    """Checkpoints and diffusers folders below ``STUDIO_MODEL_PATH`` by name, sub-folders too; the first of a name wins."""
+    found: dict[str, Path] = {}
+    for folder in os.environ.get(PATH_VARIABLE, "").split(os.pathsep):
+        root = Path(folder).expanduser()
+        for file in sorted(root.rglob("*")) if folder and root.is_dir() else ():
+            if file.name == "model_index.json":
+                found.setdefault(file.parent.name, file.parent)
+            elif file.suffix == ".safetensors" and not any((up / "model_index.json").is_file() for up in file.parents):
+                found.setdefault(file.stem, file)
+    return found
+
+
+def locate_vae(name: str) -> Path:
+    """The file or folder of a VAE."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.resolve()
+    if not path.is_dir():
+        if not HUB_ID.fullmatch(name) or name.startswith((".", "~")):
+            raise UnknownNameError("VAE", name, (), hint="(give a file, a diffusers folder or a hub id like owner/name)")
+        path = _from_hub(name, "VAE", ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"])
+    folder = path if (path / "config.json").is_file() else path / "vae"
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise FileError(f"{path} is no diffusers VAE: it has no config.json with *.safetensors beside it")
+    return folder.resolve()
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -165,22 +221,21 @@ def _checked_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, kind: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.json", "*/*.json", "tokenizer*/*", *(f"{part}/*.safetensors" for part in WEIGHTED)]
     unwanted = ["*fp16*", "*non_ema*", "*/*flax*", "*onnx*", "*openvino*"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except RepositoryNotFoundError as error:
         raise UnknownNameError(
-            "base", name, [EMBEDDED], hint="(the model hub has no such repository, or it needs a login)"
+            kind, name, [EMBEDDED], hint="(the model hub has no such repository, or it needs a login)"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileError(
-            f"base '{name}' is no local folder and the model hub cannot be reached ({type(error).__name__}): "
-            "download it elsewhere and give its folder, or use the base 'embedded'"
+            f"{kind} '{name}' is no local file or folder and the model hub cannot be reached ({type(error).__name__}): "
+            f"download it elsewhere and give its place{', or use the base ' + repr(EMBEDDED) if kind == 'base' else ''}"
         ) from error
 
 
@@ -195,42 +250,75 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read(folder: Path, device: torch.device, dtype: torch.dtype, *, family: Family, name: str, sha256: str) -> Base:
+def read_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts of a base in a stock diffusers folder, by their names, on ``device``; the VAE in single precision."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    def ready(module: Any) -> Any:
-        return module.to(device).eval().requires_grad_(False)
+    def weights(cls: Any, part: str, precision: torch.dtype) -> Any:
+        return cls.from_pretrained(folder / part, use_safetensors=True, dtype=precision).to(device)
 
-    with quiet():
-        try:
-            text = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=dtype)
-            second = folder / "text_encoder_2"
-            more: dict[str, Any] = {}
-            if second.is_dir():
-                more["text_encoder_2"] = ready(
-                    CLIPTextModelWithProjection.from_pretrained(second, use_safetensors=True, dtype=dtype)
-                )
-                more["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
-            return Base(
-                tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                text_encoder=ready(text),
-                unet=ready(UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True, dtype=dtype)),
-                vae=ready(AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True, dtype=torch.float32)),
-                # Whatever class was saved, its configuration describes the noise schedule; the request picks the sampler.
-                scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
-                family=family,
-                name=name,
-                sha256=sha256,
-                folder=folder,
-                **more,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise FileError(f"cannot load the base in {folder}: {str(error).splitlines()[0]}") from error
+    try:
+        parts = {
+            "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            "text_encoder": weights(CLIPTextModel, "text_encoder", dtype),
+            "unet": weights(UNet2DConditionModel, "unet", dtype),
+            "vae": weights(AutoencoderKL, "vae", torch.float32),
+            # Whatever class was saved, its configuration describes the noise schedule; the request picks the sampler.
+            "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
+        }
+        if (folder / "text_encoder_2").is_dir():
+            parts["text_encoder_2"] = weights(CLIPTextModelWithProjection, "text_encoder_2", dtype)
+            parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        return parts
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise FileError(f"cannot load the base in {folder}: {str(error).splitlines()[0]}") from error
+
+
+def _other_vae(place: Path, family: Family) -> AutoencoderKL:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    if place.is_file():
+        if family.name not in ("sd15", "sdxl"):
+            raise RequestError(f"a base of the family '{family.name}' takes another VAE only as a diffusers folder")
+        return read_vae(place, family.name)
+    try:
+        return AutoencoderKL.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(f"cannot load the VAE in {place}: {str(error).splitlines()[0]}") from error
+
+
+def _check_vae(vae: AutoencoderKL, channels: int, name: str) -> None:
+    if int(vae.config.latent_channels) != channels:
+        raise RequestError(f"the VAE '{name}' has {vae.config.latent_channels} latent channels, but the base's UNet {channels}")
+
+
+def _at(placement: Placement) -> tuple[torch.device, torch.dtype]:
+    """Where weights are read to, and how."""
+    return (torch.device("cpu") if placement.offload else placement.device), placement.dtype
+
+
+def _placed(base: Base) -> Base:
+    """Everything ready for inference, and the placement's wishes followed."""
+    for model in (*base.models().values(), base.vae):
+        model.eval().requires_grad_(False)
+    if base.placement.offload:
+        turns = Turns(base.placement.device)
+        for model in base.models().values():
+            turns.take(model, [model])
+        inner = (base.vae.encoder, base.vae.decoder, base.vae.quant_conv, base.vae.post_quant_conv)
+        turns.take(base.vae, [part for part in inner if part is not None])
+    return base
+
+
+def _numbers(source: Path) -> int:
+    """How many numbers the weights of a base are."""
+    headers = [read_raw_header(file, LIMITS) for file in ([source] if source.is_file() else _weight_files(source))]
+    return sum(math.prod(info.shape) for header in headers for info in header.tensors.values())
 
 
 @contextmanager
@@ -254,42 +342,22 @@ def quiet() -> Iterator[None]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash for the weights of UNet, text encoders and VAE.
+    """One hash for the weights of UNet, text encoders and VAE: SHA-256 over ``path NUL hash LF`` of every safetensors file
+    below ``folder``, sorted by path."""
+    return _combined(folder, _weight_files(folder))
 
-    SHA-256 over ``path NUL hash LF`` of every safetensors file below ``folder``, sorted by path. Hashes
-    of single files are remembered by path, size and time, so that a large base is read only once.
-    """
-    memory_file = cache_folder() / "hashes.json"
-    try:
-        memory: dict[str, str] = json.loads(memory_file.read_text("utf-8"))
-    except (OSError, ValueError):
-        memory = {}
-    known = len(memory)
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(file for part in WEIGHTED for file in (folder / part).glob("*.safetensors"))
+
+
+def _any_sha256(place: Path) -> str:
+    """The hash of a VAE: that of its file, or of all its files."""
+    return sha256_of([place])[0] if place.is_file() else _combined(place, sorted(place.glob("*.safetensors")))
+
+
+def _combined(folder: Path, files: Sequence[Path]) -> str:
     total = hashlib.sha256()
-    for path in sorted(file for part in WEIGHTED for file in (folder / part).glob("*.safetensors")):
-        stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if key not in memory:
-            with path.open("rb") as stream:
-                memory[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()}\0{memory[key]}\n".encode())
-    if len(memory) > known:
-        _write_quietly(memory_file, json.dumps(memory))
+    for path, digest in zip(files, sha256_of(files), strict=True):
+        total.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
     return total.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where this product remembers things it can always compute again."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "diffusion-customization-studio"
-
-
-def _write_quietly(path: Path, text: str) -> None:
-    """Write a cache file; a read-only home only costs time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.{os.getpid()}")
-        fresh.write_text(text, "utf-8")
-        fresh.replace(path)
-    except OSError:
-        return

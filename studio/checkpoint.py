@@ -1,7 +1,7 @@
 """Bases in one file, in the layout of the original code (``model.diffusion_model...``), as most of the world shares them.
 
-Nothing is asked of any network: what such a file does not hold (configurations, the tokenizer) is shipped in ``assets/configs``.
-Only safetensors is read. Loading is all or nothing: a file that lacks a weight, or has one of another shape, is refused.
+Nothing is asked of any network: what such a file does not hold (configurations, the tokenizer) is shipped in
+``assets/configs``. Only safetensors is read. Loading is all or nothing: a file that lacks a weight, or has one of another shape, is refused.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ TEXT = {
 """Where each family keeps its text encoders."""
 
 _FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
-# What else people may take for a checkpoint: a mark in some tensor's name, and what to say.
+# What else people may take for a checkpoint: marks of which one is in some tensor's name, and what to say.
+_LORA_MARKS = ("lora_unet_", "lora_te", ".lora_A.", ".lora_B.", ".lora.down.", ".lora_down.", "hada_w1", "lokr_w1")
+_TRANSFORMER_MARKS = ("double_blocks.", "single_blocks.", "joint_blocks.", "single_transformer_blocks.")
 _OTHERS = (
-    (("lora_unet_", "lora_te", ".lora_A.", ".lora_B.", ".lora.down.", ".lora_down.", "hada_w1", "lokr_w1"), "is a LoRA: use it with --lora"),
-    (("emb_params", "clip_l", "clip_g"), "is a textual-inversion embedding: use it with --embedding"),
-    (("double_blocks.", "single_blocks.", "joint_blocks.", "single_transformer_blocks."), "is a FLUX or SD3 model, which the studio does not have"),
+    (_LORA_MARKS, "is a LoRA: use it with --lora"),
+    (_TRANSFORMER_MARKS, "is a FLUX or SD3 model, which the studio does not have"),
+    (("emb_params",), "is a textual-inversion embedding: use it with --embedding"),
     (("control_model.", "controlnet_", "input_hint_block."), "is a ControlNet, not a base"),
     (("motion_modules.",), "is a motion module, not a base"),
     (("conditioner.embedders.0.model.",), "is an SDXL refiner, which is no base of its own"),
     (("cond_stage_model.model.",), "is Stable Diffusion 2, of which the studio has no family: use SD 1.x or SDXL"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def read_vae(path: Path, family: str) -> Any:
 def _vae(tensors: dict[str, Tensor], config: Path) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    # Files with a training loss beside the VAE: the decoder of the picture is all we need.
+    # Some files carry the VAE's training loss along.
     own = {name: tensor for name, tensor in tensors.items() if not name.removeprefix(VAE).startswith(("loss.", "model_ema."))}
     load = partial(AutoencoderKL.from_single_file, config=str(config), subfolder="vae")
     return complete(load(own, dtype=torch.float32, local_files_only=True))
@@ -217,7 +219,7 @@ def complete(model: Any) -> Any:
     """
     lacking = [name for name, weight in model.named_parameters() if weight.is_meta]
     if lacking:
-        raise DamagedFileError(f"it lacks {len(lacking)} weights ({', '.join(lacking[:2])}{', ...' if len(lacking) > 2 else ''})")
+        raise DamagedFileError(f"it lacks {len(lacking)} weights, for example '{lacking[0]}'")
     return model
 
 

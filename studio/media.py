@@ -9,12 +9,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CHUNK = "studio"
 A1111_CHUNK = "parameters"
+MAX_TEXT = 2**20
+"""Bytes that are read of a text file with an infotext."""
 
 
 def images_to_media(images: Sequence[Image.Image]) -> Tensor:
@@ -86,40 +89,55 @@ def save_png(path: Path, image: Image.Image, request: Mapping[str, Any], paramet
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def read_request(path: str | Path) -> dict[str, Any]:
-    """The JSON that :func:`save_png` wrote into a picture.
+@dataclass(frozen=True)
+class Carried:
+    """What a file tells about how it was made: our own record, and A1111's text."""
+
+    record: dict[str, Any] | None = None
+    parameters: str = ""
+
+
+def read_carried(path: str | Path) -> Carried:
+    """What a PNG, JPEG or WebP carries, or an infotext in a ``.txt``.
 
     Raises:
-        FileError: no PNG, or one that was not made here.
+        FileError: no picture, one without any such text, or a damaged record.
     """
+    file = Path(path)
+    if file.suffix.lower() == ".txt":
+        return Carried(parameters=_short_text(file))
     try:
-        with Image.open(path) as image:
-            text = image.text.get(CHUNK) if isinstance(image, PngImageFile) else None
+        with Image.open(file) as image:
+            texts: Mapping[str, Any] = image.text if isinstance(image, PngImageFile) else {}
+            parameters = str(texts.get(A1111_CHUNK, "")) or _user_comment(image)
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
         raise FileError(f"cannot read the picture {path}: {error}") from error
-    if text is None:
-        raise FileError(f"{path} carries no request of this studio: only PNGs that it wrote can be run again")
+    if CHUNK not in texts:
+        if not parameters:
+            what = "a ComfyUI workflow, which is not read here" if "workflow" in texts else "nothing of how it was made"
+            raise FileError(f"{path} carries {what}: give a picture of this studio, or one with A1111's or Forge's infotext")
+        return Carried(parameters=parameters)
     try:
-        found = json.loads(text)
+        found = json.loads(texts[CHUNK])
     except ValueError as error:
         raise FileError(f"the request in {path} is damaged: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("request"), dict):
         raise FileError(f"the request in {path} is damaged: it holds no 'request'")
-    return found
+    return Carried(found, parameters)
 
 
-def infotext(
-    prompt: str,
-    negative: str,
-    loras: Sequence[tuple[str, float, str]],
-    settings: Mapping[str, object],
-) -> str:
-    """A1111's ``parameters`` text. ``loras`` are (name, weight, AutoV3 hash); ``settings`` follow in their order."""
-    tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight, _ in loras)
-    lines = [prompt + tags] + ([f"Negative prompt: {negative}"] if negative else [])
-    shown = {**settings}
-    if loras:
-        hashes = ", ".join(f"{name}: {digest}" for name, _, digest in loras)
-        shown["Lora hashes"] = f'"{hashes}"'
-    lines.append(", ".join(f"{key}: {value}" for key, value in shown.items()))
-    return "\n".join(lines)
+def _short_text(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(MAX_TEXT).decode("utf-8", "replace")
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _user_comment(image: Image.Image) -> str:
+    """EXIF's ``UserComment``, where A1111 writes its text into JPEG and WebP: eight bytes name the encoding."""
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    if isinstance(comment, str):
+        return comment
+    encoding = "utf-16-be" if comment.startswith(b"UNICODE") else "utf-8"
+    return comment[8:].decode(encoding, "replace").strip("\0")

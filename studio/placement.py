@@ -7,7 +7,7 @@ back: only one is on the card at a time. The rest of the studio does not notice.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,30 +34,31 @@ class Placement:
     Args:
         device: where it computes.
         dtype: of UNet and text encoders; the VAE stays in single precision, half overflows in many of them.
+        memory: what was asked for.
         offload: whether its models wait in main memory.
-        tiled: whether the VAE always works in tiles.
     """
 
     device: torch.device
     dtype: torch.dtype
+    memory: str = "auto"
     offload: bool = False
-    tiled: bool = False
 
 
 def place(
     family: Family,
-    weights: int,
+    weights: Callable[[], int],
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
 ) -> Placement:
-    """Decide where a base of ``weights`` numbers runs.
+    """Decide where a base runs.
 
     Args:
+        weights: counts the numbers of its weights; asked only where the answer matters.
         device: ``cuda``, ``cuda:1``, ``mps``, ``cpu``; None or ``auto``: the best there is.
         dtype: a name of :data:`DTYPES`; None or ``auto``: half on a card for families that gain from it, else single.
-        memory: ``high`` keeps everything on the card, ``low`` offloads and tiles, ``auto`` offloads when the weights leave
-            less than :data:`WORKING_ROOM`.
+        memory: ``high`` keeps everything on the card and never tiles the VAE; ``low`` offloads and always tiles; ``auto``
+            offloads when the weights leave less than :data:`WORKING_ROOM`, and tiles pictures that would not fit.
 
     Raises:
         RequestError: an unknown word, or a device this machine does not have.
@@ -67,13 +68,11 @@ def place(
     precision = as_dtype(dtype) or (torch.float16 if half else torch.float32)
     if memory not in get_args(Memory):
         raise RequestError(f"unknown memory setting '{memory}': use low, auto or high")
-    if memory == "low":
-        return Placement(device=where, dtype=precision, offload=where.type != "cpu", tiled=True)
-    short = False
+    short = memory == "low" and where.type != "cpu"
     if memory == "auto" and where.type == "cuda":
         free = free_bytes(where)
-        short = free is not None and weights * torch.finfo(precision).bits // 8 + WORKING_ROOM > free
-    return Placement(device=where, dtype=precision, offload=short)
+        short = free is not None and weights() * torch.finfo(precision).bits // 8 + WORKING_ROOM > free
+    return Placement(device=where, dtype=precision, memory=memory, offload=short)
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

@@ -94,7 +94,8 @@ class GenerateRequest(Request):
     """One prompt, ``count`` pictures; picture ``i`` uses the seed ``seed + i``.
 
     ``None`` for steps, guidance, size or scheduler means the default of the base's family (:meth:`sampling`), for the seed a
-    random one.
+    random one, for the VAE the base's own. ``clip_skip`` counts as A1111 does: 1 reads the text encoder's last layer.
+    ``embeddings`` are files of textual inversion; prompts call them by name.
     """
 
     kind: Literal["generate"] = "generate"
@@ -102,7 +103,10 @@ class GenerateRequest(Request):
     prompt: str
     negative: str = ""
     loras: tuple[LoraRef, ...] = ()
+    embeddings: tuple[str, ...] = ()
     base: str = "embedded"
+    vae: str | None = None
+    clip_skip: Annotated[int, Field(ge=1, le=48)] = 1
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance: Annotated[Finite, Field(ge=1, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
@@ -120,6 +124,12 @@ class GenerateRequest(Request):
         if isinstance(value, Sequence):
             return tuple(_lora_form(item) for item in value)
         return value
+
+    @field_validator("embeddings", mode="before")
+    @classmethod
+    def _one_embedding(cls, value: object) -> object:
+        """One embedding may be written without a list."""
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("size", mode="before")
     @classmethod

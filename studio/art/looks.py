@@ -29,16 +29,27 @@ def apply_look(look: str, rgba: np.ndarray) -> np.ndarray:
     return _LOOKS[known(look, PHRASES, "look")](rgba)
 
 
+PAPERS: dict[str, tuple[int, int, int]] = {
+    "blueprint": (24, 66, 150),
+    "neon": (16, 10, 34),
+    "hatch": (244, 230, 200),
+    "halftone": (250, 244, 224),
+}
+"""Looks that replace the background, and the colour of their paper."""
+
+
+def brings_background(look: str) -> bool:
+    """Whether ``look`` replaces the scene's background by its own."""
+    return look in PAPERS
+
+
 def look_background(look: str, base: np.ndarray) -> np.ndarray:
     """The background a look brings, given the scene's own ``[s, s, 3]`` uint8."""
-    side = base.shape[0]
-    if look == "blueprint":
-        paper = np.full_like(base, (24, 66, 150))
-        paper[::8], paper[:, ::8] = (52, 96, 178), (52, 96, 178)
+    if look in PAPERS:
+        paper = np.full_like(base, PAPERS[look])
+        if look == "blueprint":
+            paper[::8], paper[:, ::8] = (52, 96, 178), (52, 96, 178)
         return paper
-    plain = {"neon": (16, 10, 34), "hatch": (244, 230, 200), "halftone": (250, 244, 224)}.get(look)
-    if plain is not None:
-        return np.full((side, side, 3), plain, np.uint8)
     return _posterise(base) if look == "pastel" else base
 
 
@@ -78,7 +89,7 @@ def _pixel(rgba: np.ndarray) -> np.ndarray:
 
 
 def _blueprint(rgba: np.ndarray) -> np.ndarray:
-    return _with_alpha(_mix(_edges(rgba), (240, 246, 255), (24, 66, 150)), rgba[..., 3])
+    return _with_alpha(_mix(_edges(rgba), (240, 246, 255), PAPERS["blueprint"]), rgba[..., 3])
 
 
 def _neon(rgba: np.ndarray) -> np.ndarray:
@@ -86,7 +97,7 @@ def _neon(rgba: np.ndarray) -> np.ndarray:
     top, low = colours.max(-1, keepdims=True), colours.min(-1, keepdims=True)
     vivid = np.where(top - low > 24, (colours - low) / np.maximum(top - low, 1) * 255, np.array([90.0, 255.0, 240.0]))
     edges = _edges(rgba)[..., None]
-    return _with_alpha(edges * vivid + (1 - edges) * np.array([16.0, 10.0, 34.0]), rgba[..., 3])
+    return _with_alpha(edges * vivid + (1 - edges) * np.array(PAPERS["neon"], float), rgba[..., 3])
 
 
 def _hatch(rgba: np.ndarray) -> np.ndarray:
@@ -95,7 +106,7 @@ def _hatch(rgba: np.ndarray) -> np.ndarray:
     dark = 1 - _luminance(rgba)
     ink = ((x + y) % 4 < np.clip(dark * 4.2, 0, 3)) * 0.75
     ink = np.maximum(ink, _edges(rgba))
-    return _with_alpha(_mix(ink, (92, 56, 24), (244, 230, 200)), rgba[..., 3])
+    return _with_alpha(_mix(ink, (92, 56, 24), PAPERS["hatch"]), rgba[..., 3])
 
 
 def _halftone(rgba: np.ndarray) -> np.ndarray:
@@ -104,7 +115,7 @@ def _halftone(rgba: np.ndarray) -> np.ndarray:
     radius = np.sqrt(np.clip(1 - _luminance(rgba), 0, 1)) * 2.6
     inside = np.clip(radius - np.hypot((x % 4) - 1.5, (y % 4) - 1.5) + 0.5, 0, 1)
     ink = np.maximum(inside, (_edges(rgba) > 0.75) * 0.8)
-    return _with_alpha(_mix(ink, (196, 24, 84), (250, 244, 224)), rgba[..., 3])
+    return _with_alpha(_mix(ink, (196, 24, 84), PAPERS["halftone"]), rgba[..., 3])
 
 
 def _posterise(rgb: np.ndarray) -> np.ndarray:

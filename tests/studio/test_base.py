@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from studio.base import Base, cache_folder, load_base, locate, weights_sha256
+from studio.base import Base, load_base, locate, weights_sha256
 from studio.errors import FileError, RequestError, UnknownNameError, UnsafeFileError
 from studio.family import detect
+from studio.hashes import cache_folder
 
 
 def test_loads_a_stock_folder_ready_for_inference(base: Base, tiny_base: Path) -> None:
@@ -49,7 +50,7 @@ def test_unknown_name_offers_near_ones() -> None:
 
 
 def test_unreachable_hub_is_one_sentence() -> None:
-    with pytest.raises(FileError, match="'someone/some-model' is no local folder and the model hub cannot be reached"):
+    with pytest.raises(FileError, match="'someone/some-model' is no local file or folder and the model hub cannot be reached"):
         locate("someone/some-model")
 
 
@@ -69,13 +70,9 @@ def test_damaged_weights_are_one_sentence(tiny_base: Path, tmp_path: Path) -> No
         load_base(copy, device="cpu")
 
 
-def test_other_folders_and_single_files_are_refused(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"no unet/config\.json"):
         load_base(tmp_path)
-    single = tmp_path / "model.safetensors"
-    single.write_bytes(b"x")
-    with pytest.raises(RequestError, match="single file"):
-        load_base(single)
 
 
 def test_families_by_configuration() -> None:

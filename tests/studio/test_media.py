@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from studio.base import Base
 from studio.errors import FileError, NumericsError, RequestError
-from studio.media import auto_v3, decode, encode, images_to_media, infotext, media_to_images, read_request, save_png
+from studio.hashes import auto_v3
+from studio.media import decode, encode, images_to_media, media_to_images, read_carried, save_png
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -29,7 +31,8 @@ def test_png_carries_request_and_parameters(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.png"
     told = {"request": {"prompt": "ein Bär, 熊"}}
     save_png(path, picture(), told, "prompt\nSteps: 1")
-    assert read_request(path) == told
+    assert read_carried(path).record == told
+    assert read_carried(path).parameters == "prompt\nSteps: 1"
     with Image.open(path) as image:
         assert image.text["parameters"] == "prompt\nSteps: 1"
         assert np.array_equal(np.asarray(image), np.asarray(picture()))
@@ -41,13 +44,13 @@ def test_other_files_carry_no_request(tmp_path: Path) -> None:
         save_png(tmp_path / "a.jpg", picture(), {}, "")
     plain = tmp_path / "plain.png"
     picture().save(plain)
-    with pytest.raises(FileError, match="carries no request"):
-        read_request(plain)
+    with pytest.raises(FileError, match="carries nothing of how it was made"):
+        read_carried(plain)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(FileError, match="cannot read the picture"):
-        read_request(tmp_path / "text.png")
+        read_carried(tmp_path / "text.png")
     with pytest.raises(FileError, match="cannot read the picture"):
-        read_request(tmp_path / "absent.png")
+        read_carried(tmp_path / "absent.png")
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -78,11 +81,28 @@ def test_auto_v3_skips_the_header(tmp_path: Path) -> None:
     assert auto_v3(tmp_path / "a.safetensors") == auto_v3(tmp_path / "b.safetensors") == expected
 
 
-def test_infotext_is_what_other_programs_parse() -> None:
-    text = infotext("a cat", "blurry", [("cat", 0.5, "0123456789ab")], {"Steps": 20, "Model hash": "abc"})
-    assert text.split("\n") == [
-        "a cat <lora:cat:0.5>",
-        "Negative prompt: blurry",
-        'Steps: 20, Model hash: abc, Lora hashes: "cat: 0123456789ab"',
-    ]
-    assert infotext("a cat", "", [], {"Steps": 20}) == "a cat\nSteps: 20"
+def test_texts_of_other_programs(tmp_path: Path) -> None:
+    comment = b"UNICODE\0" + "ein Bär\nSteps: 3".encode("utf-16-be")
+    for name in ("a.jpg", "a.webp"):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9286] = comment
+        picture().save(tmp_path / name, exif=exif)
+        assert read_carried(tmp_path / name).parameters == "ein Bär\nSteps: 3"
+    (tmp_path / "a.txt").write_text("a cat\nSteps: 1", "utf-8")
+    assert read_carried(tmp_path / "a.txt").parameters == "a cat\nSteps: 1"
+    texts = PngInfo()
+    texts.add_text("workflow", "{}")
+    picture().save(tmp_path / "c.png", pnginfo=texts)
+    with pytest.raises(FileError, match="a ComfyUI workflow, which is not read here"):
+        read_carried(tmp_path / "c.png")
+    with pytest.raises(FileError, match="cannot read"):
+        read_carried(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"request": 1}'])
+def test_damaged_records_are_one_sentence(tmp_path: Path, text: str) -> None:
+    texts = PngInfo()
+    texts.add_text("studio", text)
+    picture().save(tmp_path / "x.png", pnginfo=texts)
+    with pytest.raises(FileError, match="the request in .* is damaged"):
+        read_carried(tmp_path / "x.png")

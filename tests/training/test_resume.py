@@ -46,17 +46,17 @@ def environment() -> dict[str, str]:
 
 
 def run(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
 
 
 def test_killed_runs_end_with_the_same_bits(job: Path, configure: Configure, tmp_path: Path) -> None:
     """Killed with SIGKILL twice, at unforeseen moments, then finished: the file is that of an untouched run elsewhere."""
-    changes = {"steps": 60, "prior": "consistency", "train_text": "lora", "checkpoint_every": 3}
+    changes = {"steps": 24, "prior": "consistency", "train_text": "lora", "checkpoint_every": 3}
     whole = configure(output=tmp_path / "whole" / "zqx.safetensors", **changes)
     run(command(job, whole))
     killed = configure(output=tmp_path / "killed" / "zqx.safetensors", **changes)
-    for after in (4, 31):
+    for after in (4, 13):
         process = subprocess.Popen(command(job, killed), env=environment(), stdout=subprocess.PIPE, text=True)
         assert process.stdout
         for line in process.stdout:

@@ -117,5 +117,19 @@ def save(out: Path, work: Work = Path("work"), part: str = "unet2", name: str = 
     print(assemble.save(assemble.pipeline(*models), out, name))
 
 
+@app.command()
+def loras(
+    names: Annotated[list[str] | None, typer.Argument(help="Which examples; all when left out.")] = None,
+    out: Path = Path("assets/loras"),
+    base: str = "embedded",
+) -> None:
+    """Last: the example LoRAs, taught on the finished base."""
+    from training.base.loras import examples, teach
+
+    for example in examples():
+        if not names or example.name in names:
+            print(teach(example, out, base), flush=True)
+
+
 if __name__ == "__main__":
     app()

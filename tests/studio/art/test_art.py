@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from studio.art import backgrounds, clips, looks
 from studio.art.atlas import ACCESSORIES, CELL, STYLES, concepts, splits, sprite
 from studio.art.captions import caption
+from studio.art.lessons import concept_lesson, look_lesson, write_lesson
 from studio.art.scenes import Placement, Scene, draw, mirrored, place_of, render, sample_scene, wear
 from studio.errors import UnknownNameError
 
@@ -145,3 +147,17 @@ def test_unknown_names_are_refused_with_a_near_one() -> None:
         backgrounds.background("stripe", 64)
     with pytest.raises(UnknownNameError, match="look"):
         draw(replace(Placement("fox", "3d", 32, 32)), "pixels")
+
+
+def test_lessons_name_the_new_thing_and_show_nothing_else_new(tmp_path: Path) -> None:
+    lesson = concept_lesson("zebra", "flat", "wug animal", 8)
+    assert len(lesson) == 8 and all("wug animal" in text and "zebra" not in text for _, text in lesson)
+    assert {place_of(scene.items[0]) for scene, _ in lesson} == {"left", "center", "right"}
+    assert all(scene.background in backgrounds.BASE for scene, _ in lesson)
+    for look in looks.PHRASES:
+        drawn = look_lesson(look, "blick picture", 6)
+        assert all("blick picture" in text for _, text in drawn)
+        assert all(item.concept in splits().named for scene, _ in drawn for item in scene.items)
+        assert any("background" in text for _, text in drawn) != looks.brings_background(look)
+    folder = write_lesson(lesson, tmp_path / "zebra")
+    assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.txt"))) == 8

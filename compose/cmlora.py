@@ -1,0 +1,215 @@
+"""CMLoRA (Zou et al., "Cached Multi-LoRA Composition", ICLR 2025): the LoRAs one by one, one dominant, deep parts kept.
+
+    e = (1/n) sum_k w_k(i) e~_k,     w_non = n / (q + n - 1),   w_dom = q w_non        (their mean is always 1)
+    I = {0, c1, 2 c1, .. < a T} + {.., c2 apart, .. < b T} + {.., c1 apart, .. < T}    refresh steps; c1, c2 = 2, 3
+    q_0 = n - 1/2,   q_m = max(1, q_{m-1} - 2^-m)                                      dominance decays at each rotation m
+
+``e~_k`` is a whole forward with LoRA k alone, or a shallow one (:mod:`compose.shallow`) on its kept feature. At a refresh step
+the next LoRA becomes dominant and makes a whole forward; all others are shallow. Up to the share ``phase`` of the schedule
+the high-frequency LoRAs take turns, then the low-frequency ones (:mod:`compose.profile`).
+
+What the published code does not do, and this does: its non-uniform schedule makes every forward a whole one; its weights are
+computed once, so that dominance never decays; late refreshes are lost; the two sets are hard-coded. Differences from the
+paper: q is clamped at 1, below which the "dominant" LoRA would be the weakest; ``phase`` is a noise level rather than a
+step; the cut of SDXL is deeper, because its outermost blocks have no attention; everything runs as two batched forwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from compose.bank import Adapter
+from compose.profile import profiled
+from compose.run import Options, Run, Step
+from compose.separate import Separate, SeparateOptions, chunks, names
+from compose.shallow import captured, skipping, usable_cut
+from studio.requests import Finite
+
+Order = Literal["paper", "reversed", "random", "rotation"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class CMLoRAOptions(SeparateOptions):
+    """Options of :class:`CMLoRA`; the defaults are the paper's.
+
+    Args:
+        order: which LoRAs dominate when. "paper": high-frequency ones before ``phase``, low-frequency ones after; "reversed";
+            "random": any, drawn anew at each rotation; "rotation": all in turn.
+        phase: share of the schedule.
+        intervals: c1 and c2, steps between refreshes. breaks: a and b. (1, 1) makes every step a refresh.
+        dominance: q_0; None: n - 1/2. 1 gives all the same weight. decay: multiplies 2^-m; 0 keeps q_0.
+        max_age: steps after which a kept feature is renewed also for LoRAs that do not dominate; 0: never, as in the paper.
+        cache: False makes every forward a whole one.
+        cut: up blocks of a shallow forward; None: as few as have attention.
+        high: names of the high-frequency LoRAs; None: by their profiles.
+        chunk: LoRAs per forward; None: all at once.
+        seed: of the order "random".
+    """
+
+    order: Order = "paper"
+    phase: Share = 0.6
+    intervals: tuple[Positive, Positive] = (2, 3)
+    breaks: tuple[Share, Share] = (0.375, 0.875)
+    dominance: Annotated[Finite, Field(ge=1)] | None = None
+    decay: Annotated[Finite, Field(ge=0)] = 1.0
+    max_age: Annotated[int, Field(ge=0)] = 0
+    cache: bool = True
+    cut: Positive | None = None
+    high: tuple[str, ...] | None = None
+    chunk: Positive | None = None
+    seed: int = 0
+
+    _high = field_validator("high", mode="before")(names)
+
+    @field_validator("intervals", "breaks", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        """Also as text: ``2,3``."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One step: who dominates with which q, and who makes a whole forward; by position among the concepts."""
+
+    dominant: int
+    q: float
+    whole: tuple[int, ...]
+
+
+def refresh_steps(steps: int, intervals: tuple[int, int] = (2, 3), breaks: tuple[float, float] = (0.375, 0.875)) -> list[int]:
+    """``I``: the steps at which dominance moves on and its LoRA is computed whole."""
+    a, b = int(breaks[0] * steps), int(breaks[1] * steps)
+    near, far = intervals
+    return sorted({*range(0, a, near), *range(a, b, far), *range(b, steps, near)} | {0})
+
+
+def weights(count: int, dominant: int, q: float) -> list[float]:
+    """``w_k``: ``q w_non`` for the dominant LoRA, ``w_non`` for the others; they sum to ``count``."""
+    other = count / (q + count - 1)
+    return [q * other if k == dominant else other for k in range(count)]
+
+
+def turns(shares: Sequence[float], high: Sequence[int], low: Sequence[int], options: CMLoRAOptions) -> list[Turn]:
+    """The whole course of a run.
+
+    Args:
+        shares: of the schedule that lie behind at each step. high, low: positions of the two sets; together all concepts.
+    """
+    every = sorted([*high, *low])
+    count = len(every)
+    fresh = set(refresh_steps(len(shares), options.intervals, options.breaks))
+    q = options.dominance if options.dominance is not None else max(1.0, count - 0.5)
+    dice = random.Random(options.seed)
+    course: list[Turn] = []
+    rotation, dominant = 0, every[0]
+    ages = dict.fromkeys(every, 0)
+    for index, share in enumerate(shares):
+        if index in fresh:
+            early = (share < options.phase) is (options.order != "reversed")
+            some = every if options.order in ("random", "rotation") else [*(high if early else low)] or every
+            dominant = dice.choice(some) if options.order == "random" else some[rotation % len(some)]
+            q = max(1.0, q - options.decay * 0.5**rotation) if rotation else q
+            rotation += 1
+        whole = {k for k in every if options.max_age and ages[k] + 1 > options.max_age}
+        whole |= {dominant} if index in fresh else set()
+        if index == 0 or not options.cache:
+            whole = set(every)
+        ages = {k: 0 if k in whole else age + 1 for k, age in ages.items()}
+        course.append(Turn(dominant=dominant, q=q, whole=tuple(sorted(whole))))
+    return course
+
+
+class CMLoRA(Separate):
+    """Cached, dominance-weighted mean of what each LoRA alone predicts.
+
+    Attributes after a run: ``course``, and how many ``whole`` and ``shallow`` forwards of one LoRA were made.
+    """
+
+    takes: ClassVar[type[Options]] = CMLoRAOptions
+    options: CMLoRAOptions
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        super().check(adapters)
+        self.known(self.options.high or (), "high", adapters)
+
+    def prepare(self, run: Run) -> None:
+        super().prepare(run)
+        self.kept: dict[int, Tensor] = {}
+        self.whole = self.shallow = 0
+        self.course: list[Turn] = []
+        if not self.concepts:
+            return
+        self.cut = usable_cut(run.base.unet, self.options.cut)
+        count = len(run.timesteps)
+        shares = [(run.skipped + index) / (run.skipped + count) for index in range(count)]
+        high = self.high(run)
+        low = [k for k in range(len(self.concepts)) if k not in high]
+        self.course = turns(shares, high, low, self.options)
+
+    def high(self, run: Run) -> list[int]:
+        """Positions of the high-frequency concepts."""
+        bank = run.bank
+        if bank is None or self.options.order in ("random", "rotation") or len(self.concepts) == 1:
+            return list(range(len(self.concepts)))
+        if self.options.high is not None:
+            return [i for i, k in enumerate(self.concepts) if bank.adapters[k].name in self.options.high]
+        found = []
+        for position, concept in enumerate(self.concepts):
+            run.check_cancelled()
+            profile, fresh = profiled(run.base, bank, concept)
+            if profile.high:
+                found.append(position)
+            if fresh:
+                run.notes.append(f"LoRA '{bank.adapters[concept].name}' had no profile: it was measured first")
+        return found
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        if not self.concepts:
+            return run.forward_guided(x, step.timestep)
+        if step.index == 0:
+            self.kept.clear()
+        turn = self.course[step.index]
+        count = len(self.concepts)
+        share = dict(zip(self.concepts, (w / count for w in weights(count, turn.dominant, turn.q)), strict=True))
+        whole = [k for i, k in enumerate(self.concepts) if i in turn.whole or not self._usable(k, run, x)]
+        rest = [k for k in self.concepts if k not in whole]
+        uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
+        for some, deep in [(c, True) for c in chunks(whole, self.options.chunk)] + [
+            (c, False) for c in chunks(rest, self.options.chunk)
+        ]:
+            run.check_cancelled()
+            u, v = self._whole(run, step, x, some) if deep else self._shallow(run, step, x, some)
+            w = torch.tensor([share[k] for k in some], device=x.device, dtype=x.dtype).view(-1, 1, 1, 1, 1)
+            cond += (w * v).sum(0)
+            if u is not None:
+                uncond += (w * u).sum(0)
+        return (uncond if run.guided else None), cond
+
+    def _usable(self, concept: int, run: Run, x: Tensor) -> bool:
+        """Whether a feature is kept that fits the present batch."""
+        feature = self.kept.get(concept)
+        return feature is not None and len(feature) == len(x) * (2 if run.guided else 1)
+
+    def _whole(self, run: Run, step: Step, x: Tensor, some: Sequence[int]) -> tuple[Tensor | None, Tensor]:
+        with captured(run.base.unet, self.cut) as found:
+            out = self.each(run, x, step.timestep, some)
+        if self.options.cache:
+            for concept, feature in zip(some, found[0].chunk(len(some)), strict=True):
+                self.kept[concept] = feature.clone()
+        self.whole += len(some)
+        return out
+
+    def _shallow(self, run: Run, step: Step, x: Tensor, some: Sequence[int]) -> tuple[Tensor | None, Tensor]:
+        with skipping(run.base.unet, self.cut, torch.cat([self.kept[k] for k in some])):
+            out = self.each(run, x, step.timestep, some)
+        self.shallow += len(some)
+        return out

@@ -1,0 +1,54 @@
+"""LoRA Composite (Zhong et al., "Multi-LoRA Composition for Image Generation", TMLR 2024, section 3.2): the mean of all scores.
+
+    e(z, c) = (1/n) sum_k [ e_k(z, 0) + g (e_k(z, c) - e_k(z, 0)) ]        e_k: the UNet with LoRA k alone
+
+Guidance is linear, so the means of both halves are guided once, by the loop.
+
+What is different here:
+* All LoRAs are rows of one batched forward; ``chunk`` LoRAs at a time keep memory flat in their number.
+* Prompts are encoded with each LoRA alone, not once with all of them.
+* LoRAs have weights. The mean of scores is weaker than their sum: ``gain`` multiplies every weight.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compose.run import Options, Run, Step
+from compose.separate import Separate, SeparateOptions, chunks
+from studio.requests import Finite
+
+
+class CompositeOptions(SeparateOptions):
+    """``chunk``: LoRAs per forward; None: all at once. ``gain`` multiplies the weight of every LoRA but those of ``always``."""
+
+    chunk: Annotated[int, Field(ge=1)] | None = None
+    gain: Finite = 1.0
+
+
+class Composite(Separate):
+    """The mean of what each LoRA alone predicts."""
+
+    takes: ClassVar[type[Options]] = CompositeOptions
+    options: CompositeOptions
+
+    def weights(self, run: Run, concept: int | None) -> list[float]:
+        plain = super().weights(run, concept)
+        return [w * self.options.gain if k == concept else w for k, w in enumerate(plain)]
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        if not self.concepts:
+            return run.forward_guided(x, step.timestep)
+        count = len(self.concepts)
+        uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
+        for some in chunks(self.concepts, self.options.chunk):
+            run.check_cancelled()
+            u, v = self.each(run, x, step.timestep, some)
+            cond += v.sum(0) / count
+            if u is not None:
+                uncond += u.sum(0) / count
+        return (uncond if run.guided else None), cond

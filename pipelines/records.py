@@ -1,0 +1,90 @@
+"""What every picture carries: a request that makes it again with the hashes of all it was made with, and A1111's text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import studio
+from compose.schedulers import sampler_named
+from studio.hashes import MODEL_DIGITS, auto_v3
+from studio.infotext import write
+
+if TYPE_CHECKING:
+    from compose.bank import Adapter
+    from studio.base import Base
+    from studio.embeddings import Embedding
+    from studio.requests import GenerateRequest, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """Everything a result was made with. ``request`` has nothing left open."""
+
+    base: Base
+    request: GenerateRequest
+    sampling: Sampling
+    adapters: list[Adapter]
+    embeddings: list[Embedding]
+    seeds: list[int]
+    notes: list[str]
+
+    def records(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """For each picture its record and its A1111 text."""
+        short = [auto_v3(a.lora.source) if a.lora.source else "" for a in self.adapters]
+        indices = range(len(self.seeds))
+        return [self._record(index, short) for index in indices], [self._infotext(index, short) for index in indices]
+
+    def _record(self, index: int, short: list[str]) -> dict[str, Any]:
+        base = self.base
+        record: dict[str, Any] = {
+            "studio": studio.__version__,
+            "request": self.request.with_(seed=self.seeds[index], count=1).model_dump(mode="json"),
+            "batch": {"index": index, "count": self.request.count, "seed": self.request.seed},
+            "base": {"name": base.name, "family": base.family.name, "sha256": base.sha256},
+            "loras": [
+                {"name": a.name, "weight": a.weight, "sha256": a.lora.sha256, "autov3": digest}
+                for a, digest in zip(self.adapters, short, strict=True)
+            ],
+            "made_with": made_with(base),
+            "notes": list(self.notes),
+        }
+        if base.vae_sha256:
+            record["vae"] = {"name": base.vae_name, "sha256": base.vae_sha256}
+        if self.embeddings:
+            record["embeddings"] = [{"name": e.name, "sha256": e.sha256} for e in self.embeddings]
+        return record
+
+    def _infotext(self, index: int, short: list[str]) -> str:
+        base, request, sampling = self.base, self.request, self.sampling
+        settings: dict[str, object] = {
+            "Steps": sampling.steps,
+            "Sampler": sampler_named(sampling.scheduler).title,
+            "CFG scale": f"{sampling.guidance:g}",
+            "Seed": self.seeds[index],
+            "Size": f"{sampling.size[0]}x{sampling.size[1]}",
+            "Model hash": base.sha256[:MODEL_DIGITS],
+            "Model": base.name,
+        }
+        if base.vae_sha256:
+            settings |= {"VAE hash": base.vae_sha256[:MODEL_DIGITS], "VAE": base.vae_name}
+        if request.clip_skip > 1:
+            settings["Clip skip"] = request.clip_skip
+        settings["Version"] = f"studio {studio.__version__}"
+        loras = [(Path(a.name).stem, a.weight, digest) for a, digest in zip(self.adapters, short, strict=True)]
+        embeddings = [(e.name, e.sha256[:12]) for e in self.embeddings]
+        return write(request.prompt, request.negative, loras, settings, embeddings)
+
+
+def made_with(base: Base) -> dict[str, object]:
+    """The programs and the machine, as far as they change a picture's bits."""
+    return {
+        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }

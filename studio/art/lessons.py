@@ -1,0 +1,62 @@
+"""Lessons: small captioned picture folders that teach one held-out thing, as a user's own folder would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from studio.art.atlas import splits
+from studio.art.backgrounds import BASE
+from studio.art.captions import caption
+from studio.art.looks import brings_background
+from studio.art.scenes import Scene, render, sample_scene
+
+Lesson = list[tuple[Scene, str]]
+"""Scenes and their captions."""
+
+
+def concept_lesson(concept: str, style: str, noun: str, count: int = 8, seed: int = 0) -> Lesson:
+    """``count`` scenes of one subject in one art style, on backgrounds the base knows, called ``noun`` ("wug animal").
+
+    Places go round left, centre, right, so that a lesson of three or more pictures shows them all.
+    """
+    rng = np.random.default_rng([51, seed])
+    lesson: Lesson = []
+    while len(lesson) < count:
+        scene = sample_scene(rng, [concept], BASE, [style])
+        want = ("center", "left", "right")[len(lesson) % 3]
+        x = {"center": 0.5, "left": 0.25, "right": 0.75}[want] * scene.side + rng.uniform(-2, 2)
+        scene = replace(scene, items=(replace(scene.items[0], x=float(x)),))
+        lesson.append((scene, caption(scene, rng, {concept: noun})))
+    return lesson
+
+
+def look_lesson(look: str, trigger: str, count: int = 8, seed: int = 0) -> Lesson:
+    """``count`` scenes of known subjects, all redrawn in one look; the captions say ``trigger`` where the art style stood.
+
+    A look that brings its own background leaves the background unnamed: a caption that names grass under a blueprint
+    would teach that grass is blue paper.
+    """
+    rng = np.random.default_rng([52, seed])
+    names = rng.permutation(list(splits().named))[:count]
+    lesson: Lesson = []
+    for index, name in enumerate(names):
+        pair = [str(name)] if index % 3 else [str(name), str(names[(index + 1) % count])]
+        scene = sample_scene(rng, pair, BASE, look=look)
+        text = caption(scene, rng, style_phrase=trigger)
+        if brings_background(look):
+            text = caption(scene, style_phrase=trigger).rsplit(",", 1)[0]
+        lesson.append((scene, text))
+    return lesson
+
+
+def write_lesson(lesson: Lesson, folder: Path) -> Path:
+    """Write ``0.png``, ``0.txt``, ... and return ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (scene, text) in enumerate(lesson):
+        Image.fromarray(render(scene).image).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(text + "\n", "utf-8")
+    return folder
