@@ -108,9 +108,10 @@ class Schedule:
     fits: frozenset[str]
 
 
-_SIGMAS = frozenset(
-    "deis dpm2 dpm2_a dpmpp_2m dpmpp_2m_sde dpmpp_2m_sde_heun dpmpp_2s dpmpp_3m_sde dpmpp_sde euler heun unipc".split()
-)
+_SIGMAS = frozenset({
+    "deis", "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_2s", "dpmpp_3m_sde", "dpmpp_sde",
+    "euler", "heun", "unipc",
+})  # fmt: skip
 _SPACED = (_SIGMAS | {"ddim", "ddpm", "euler_a", "pndm"}) - {"dpmpp_2s", "dpmpp_sde"}
 SCHEDULES: Mapping[str, Schedule] = {
     "karras": Schedule(title="Karras", settings=KARRAS, fits=_SIGMAS),

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +112,7 @@ def generate(
         notes += bank.notes
         images = _sample(base, bank, full, sampling, seeds, reading, notes, Watch(progress, on_step, cancelled))
     seconds = time.perf_counter() - started
-    made = Made(
-        base=base, request=full, sampling=sampling, adapters=adapters, embeddings=embeddings, seeds=seeds, notes=notes
-    )
+    made = Made(base=base, request=full, sampling=sampling, adapters=adapters, embeddings=embeddings, seeds=seeds, notes=notes)
     sidecars, texts = made.records()
     return GenerateResult(
         images=images, request=full, seeds=seeds, seconds=seconds, notes=notes, sidecars=sidecars, parameters=texts
@@ -221,7 +220,7 @@ def _sample(
                     scheduler=sampling.scheduler,
                     method=method_named(request.method),
                     bank=bank,
-                    encode=lambda rows=len(now): encoded(rows),  # type: ignore[misc]
+                    encode=partial(encoded, len(now)),
                     on_step=stepped,
                     cancelled=watch.cancelled,
                     notes=said,

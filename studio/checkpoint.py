@@ -1,7 +1,8 @@
 """Bases in one file, in the layout of the original code (``model.diffusion_model...``), as most of the world shares them.
 
 Nothing is asked of any network: what such a file does not hold (configurations, the tokenizer) is shipped in
-``assets/configs``. Only safetensors is read. Loading is all or nothing: a file that lacks a weight, or has one of another shape, is refused.
+``assets/configs``. Only safetensors is read. Loading is all or nothing: a file that lacks a weight, or has one of another
+shape, is refused.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ def options(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw; hold the trigger words of the LoRAs in it.")],
     lora: Annotated[list[str] | None, typer.Option("--lora", "-l", metavar="NAME_OR_FILE[:WEIGHT]", help="Repeatable.")] = None,
-    base: Annotated[str, typer.Option(help="Base model: 'embedded', a diffusers folder or a hub id.")] = "embedded",
+    base: Annotated[
+        str, typer.Option(help="Base model: 'embedded', a diffusers folder, a .safetensors checkpoint or a hub id.")
+    ] = "embedded",
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default the base's own.")] = None,

@@ -72,7 +72,9 @@ def _table(facts: dict[str, Any], metadata: Any) -> Table:
 @app.command()
 def check(
     name: Name,
-    base: Annotated[str, typer.Option(help="Base model: 'embedded', a diffusers folder or a hub id.")] = "embedded",
+    base: Annotated[
+        str, typer.Option(help="Base model: 'embedded', a diffusers folder, a .safetensors checkpoint or a hub id.")
+    ] = "embedded",
     json: Json = False,
 ) -> None:
     """Count the layers of a LoRA that fit a base; exit code 6 when some do not."""

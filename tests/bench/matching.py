@@ -7,7 +7,7 @@ sprite *redrawn over the picture's own background* ``B`` there, the background t
 
 with weight ``w`` = alpha inside and a light ring around it, means per channel, sums over pixels and channels. Without the ring
 a flat sprite has nothing to correlate and any flat area fits it; with it the silhouette and the colour against the background
-count. A sprite fainter than half its true contrast loses in proportion, so ghosts do not count as present; so does one whose
+count. A sprite fainter than :data:`FULL_GAIN` of its true contrast loses in proportion, so ghosts do not count as present; so does one whose
 edges (gradients) have less than :data:`FULL_DETAIL` of their true strength, because a blur keeps most of the correlation.
 
 The coarse search correlates background-subtracted half-resolution pictures with compressed templates at two sizes and every
@@ -31,9 +31,9 @@ SHORTLIST = 40
 FINALISTS = 12
 FLOOR = 0.02
 """Standard deviation (0..1) added to both sides of the correlation: noise this small is nothing."""
-FULL_GAIN = 0.5
+FULL_GAIN = 0.8
 """Contrast, relative to the true sprite's, from which on the score is not reduced."""
-FULL_DETAIL = 0.45
+FULL_DETAIL = 0.5
 """Strength of the sprite's own gradients, relative to the true ones, from which on the score is not reduced."""
 FULL_VIEW = 0.6
 """Part of a sprite's weight that must be on free canvas for its full score: slivers fit anything."""

@@ -18,8 +18,8 @@ from pipelines import generate, rerun
 from pipelines.progress import Bar
 from studio.base import Base
 from studio.errors import NumericsError, OutOfMemoryError, RequestError, UnknownNameError, WrongBaseError
+from studio.hashes import auto_v3
 from studio.lora.model import Lora, LoraDelta
-from studio.media import auto_v3
 
 MakeLora = Callable[..., Lora]
 
@@ -89,19 +89,13 @@ def test_png_carries_what_made_it(quick: dict[str, Any], tmp_path: Path, cat: st
     assert told["request"]["loras"] == [{"name": cat, "weight": 0.5}]
     assert told["base"] == {"name": "tiny", "family": "embedded", "sha256": base.sha256}
     assert len(told["loras"][0]["sha256"]) == 64
+    assert told["loras"][0]["autov3"] == auto_v3(Path(cat))
     assert text.split("\n") == [
         "a cat <lora:cat:0.5>",
         "Negative prompt: night",
         f"Steps: 3, Sampler: DPM++ 2M, CFG scale: 5, Seed: 7, Size: 32x32, Model hash: {base.sha256[:10]}, Model: tiny, "
         f'Version: studio {told["studio"]}, Lora hashes: "cat: {auto_v3(Path(cat))}"',
     ]
-
-
-def test_rerun_says_what_has_changed(quick: dict[str, Any], tmp_path: Path, cat: str, make_lora: MakeLora) -> None:
-    (path,) = generate("a cat", loras=[cat], **quick).save(tmp_path / "x.png")
-    assert not any("differs" in note for note in rerun(path).notes)
-    write(Path(cat), make_lora(2, "attn1"))
-    assert any("has changed since x.png was made" in note for note in rerun(path).notes)
 
 
 def test_loras_change_the_picture_and_leave_nothing_behind(quick: dict[str, Any], cat: str) -> None:
@@ -115,11 +109,58 @@ def test_loras_change_the_picture_and_leave_nothing_behind(quick: dict[str, Any]
     assert np.array_equal(pixels(generate("a cat", **quick).images[0]), plain)
 
 
+def test_loras_named_in_the_prompt_are_used(quick: dict[str, Any], cat: str, tmp_path: Path) -> None:
+    plain = generate("a sks cat", loras=[f"{cat}:0.6"], **quick)
+    tagged = generate("a sks cat <lora:cat:0.6>", lora_dirs=[Path(cat).parent], **quick)
+    assert np.array_equal(pixels(tagged.images[0]), pixels(plain.images[0]))
+    assert tagged.notes == ["LoRA 'cat' is taken from the prompt, with the weight 0.6"]
+    assert tagged.request.prompt == "a sks cat"
+    assert [(ref.name, ref.weight) for ref in tagged.request.loras] == [("cat", 0.6)]
+    assert tagged.parameters[0].startswith("a sks cat <lora:cat:0.6>\n")
+    idle = generate("a cat", negative="night <lora:none:1>", **quick)
+    assert idle.notes == ["LoRA 'none' in the negative prompt does nothing: name it in the prompt"]
+    assert idle.request.negative == "night"
+    with pytest.raises(RequestError, match="named twice"):
+        generate("a cat <lora:cat:1>", loras=["cat"], lora_dirs=[Path(cat).parent], **quick)
+
+
+def test_weights_break_and_length_act(quick: dict[str, Any]) -> None:
+    plain = pixels(generate("a red cat on grass", **quick).images[0])
+    for prompt in ("a (red:3) cat on grass", "a red BREAK cat on grass", "a red cat on grass" + " in the night" * 8):
+        result = generate(prompt, **quick)
+        assert abs(pixels(result.images[0]) - plain).max() > 2, prompt
+        assert result.notes == []
+        assert result.request.prompt == prompt
+    assert np.array_equal(pixels(generate("a (red:1) cat on grass", **quick).images[0]), plain)
+    (note,) = generate("a [red:green:0.5] cat", **quick).notes
+    assert "'[red:green:0.5]' changes with the step in other programs" in note
+
+
+def test_embeddings_clip_skip_and_vae_are_recorded(quick: dict[str, Any], tmp_path: Path, base: Base) -> None:
+    save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "fluffy.safetensors")
+    base.vae.save_pretrained(tmp_path / "my vae")
+    more = {"embeddings": str(tmp_path / "fluffy.safetensors"), "clip_skip": 2, "vae": str(tmp_path / "my vae")}
+    result = generate("a fluffy cat", **quick, **more)
+    assert result.notes == []
+    sidecar, text = result.sidecars[0], result.parameters[0]
+    assert sidecar["embeddings"][0]["name"] == "fluffy"
+    digest = sidecar["embeddings"][0]["sha256"]
+    assert sidecar["vae"]["name"] == "my vae"
+    assert f"VAE hash: {sidecar['vae']['sha256'][:10]}, VAE: my vae, Clip skip: 2, Version: studio" in text
+    assert text.endswith(f'TI hashes: "fluffy: {digest[:12]}"')
+    for change in ("embeddings", "clip_skip"):
+        other = generate("a fluffy cat", **quick, **{key: value for key, value in more.items() if key != change})
+        assert abs(pixels(other.images[0]) - pixels(result.images[0])).max() > 2, change
+    (note,) = generate("a cat", **quick, embeddings=more["embeddings"]).notes
+    assert note == "no prompt calls the embedding 'fluffy': write 'fluffy' where it should act"
+
+
 def test_a_missing_trigger_is_said_not_inserted(quick: dict[str, Any], cat: str) -> None:
     result = generate("a cat, sks", loras=[cat], **quick)
     assert result.notes == [f"the prompt lacks the trigger 'sks cat' of LoRA '{cat}': add it to see what the LoRA was taught"]
     assert result.request.prompt == "a cat, sks"
     assert generate("A SKS Cat, left", loras=[cat], **quick).notes == []
+    assert generate("A (SKS Cat:1.1), left", loras=[cat], **quick).notes == []
 
 
 def test_sizes_that_do_not_fit_name_the_nearest(quick: dict[str, Any]) -> None:
@@ -185,6 +226,23 @@ def test_memory_that_runs_out_is_tried_in_smaller_rounds(quick: dict[str, Any], 
     limit = 0
     with pytest.raises(OutOfMemoryError, match=r"32x32 does not fit the memory of cpu .*16x16 would fit"):
         generate("a cat", **quick)
+
+
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generate("a cat", **{**quick, "size": (96, 96)})
+    monkeypatch.setattr(pipelines.memory, "vae_bytes", lambda base, size: 10**15 if size == (96, 96) else 0)
+    tiled = generate("a cat", **{**quick, "size": (96, 96)})
+    assert tiled.notes == [pipelines.memory.TILED]
+    difference = abs(pixels(tiled.images[0]) - pixels(whole.images[0]))
+    assert 0 < difference.max()
+    assert difference.mean() < 12
+    low = generate("a cat", **{**quick, "size": (96, 96)}, memory="low")
+    assert low.notes == []
+    assert np.array_equal(pixels(low.images[0]), pixels(tiled.images[0]))
+    with pytest.raises(OutOfMemoryError, match="96x96 does not fit"):
+        generate("a cat", **{**quick, "size": (96, 96)}, memory="high")
+    with pytest.raises(RequestError, match="unknown memory setting 'lots'"):
+        generate("a cat", **quick, memory="lots")
 
 
 def test_other_runtime_errors_are_not_hidden(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ def unet_tensors(unet: nn.Module) -> dict[str, Tensor]:
         path, _, kind = name.rpartition(".")
         plain = diffusers_to_ldm(path, attention_blocks=frozenset(up)) or {"conv_norm_out": "out.0"}[path]
         head, _, last = plain.rpartition(".")
-        found[f"{UNET}{f'{head}.{RESNET[last]}' if last in ('norm1', 'norm2') and 'transformer' not in head else plain}.{kind}"] = tensor
+        found[
+            f"{UNET}{f'{head}.{RESNET[last]}' if last in ('norm1', 'norm2') and 'transformer' not in head else plain}.{kind}"
+        ] = tensor
     return found
 
 
@@ -89,7 +91,8 @@ def write_checkpoint(path: Path, models: dict[str, Any], metadata: dict[str, str
         tensors |= {VAE + name: tensor for name, tensor in vae_tensors(models["vae"]).items()}
     if xl:
         tensors |= {
-            "conditioner.embedders.1.model." + name: tensor for name, tensor in open_clip_tensors(models["text_encoder_2"]).items()
+            "conditioner.embedders.1.model." + name: tensor
+            for name, tensor in open_clip_tensors(models["text_encoder_2"]).items()
         }
     half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in {**tensors, **more}.items()}
     save_file(half, path, metadata)
@@ -132,7 +135,9 @@ def random_models(folder: Path, family: str) -> dict[str, Any]:
     models: dict[str, Any] = {name: cls.from_config(cls.load_config(folder / family / name)) for name, cls in classes.items()}
     models["text_encoder"] = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / family / "text_encoder"))
     if family == "sdxl":
-        models["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / family / "text_encoder_2"))
+        models["text_encoder_2"] = CLIPTextModelWithProjection(
+            CLIPTextConfig.from_pretrained(folder / family / "text_encoder_2")
+        )
     for model in models.values():
         for weight in model.parameters():
             if weight.ndim > 1:

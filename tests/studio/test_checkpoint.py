@@ -76,7 +76,9 @@ def test_every_weight_arrives(files: dict[str, Path], models: dict[str, dict[str
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_picture_is_that_of_the_stock_pipeline(files: dict[str, Path], models: dict[str, dict[str, Any]], family: str) -> None:
+def test_a_picture_is_that_of_the_stock_pipeline(
+    files: dict[str, Path], models: dict[str, dict[str, Any]], family: str
+) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     from compose.denoise import denoise, generators_of, initial_noise
@@ -149,7 +151,9 @@ def test_another_vae(files: dict[str, Path], models: dict[str, dict[str, Any]], 
     for place in (original, tmp_path / "folder", flat):
         base = load_base(files["sd15"], device="cpu", dtype="fp32", vae=str(place))
         assert torch.equal(base.vae.decoder.conv_out.bias, other.decoder.conv_out.bias)
-        assert torch.equal(base.vae.encoder.mid_block.attentions[0].to_q.weight, plain.encoder.mid_block.attentions[0].to_q.weight)
+        assert torch.equal(
+            base.vae.encoder.mid_block.attentions[0].to_q.weight, plain.encoder.mid_block.attentions[0].to_q.weight
+        )
         assert base.vae_name == place.stem
         assert len(base.vae_sha256) == 64
     assert load_base(files["sd15"], device="cpu", dtype="fp32").vae_sha256 == ""
@@ -186,7 +190,10 @@ def changed(source: Path, target: Path, drop: str = "", **changes: torch.Tensor 
 @pytest.mark.parametrize(
     ("drop", "reason"),
     [
-        ("model.diffusion_model.middle_block.0.in_layers.2.weight", "its UNet is not that of the family 'sd15'|lacks 1 weights"),
+        (
+            "model.diffusion_model.middle_block.0.in_layers.2.weight",
+            "its UNet is not that of the family 'sd15'|lacks 1 weights",
+        ),
         ("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias", "text encoder is not that of the family"),
         ("first_stage_model.decoder.conv_out", "lacks 2 weights|VAE is not that"),
         ("cond_stage_model.", "holds no text encoder"),

@@ -21,13 +21,13 @@ CONTEXT = 32
 VOCABULARY = 6144
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 EXTRA = (
-    "photo picture painting drawing illustration poster of the with without and or in on at by for from one two three four "
-    "five wearing holding sitting standing next to above below behind front small big tiny huge cute happy sad funny old new "
-    "young top bottom center middle left right corner sky ground water mountain forest city room street light dark "
-    "bright colorful red orange yellow green blue purple pink brown black white gray grey golden silver hat crown bow glasses halo balloon "
-    "low quality blurry ugly deformed high detailed best masterpiece sharp simple plain background style art sks ohwx "
-    "running jumping flying swimming moving rising falling growing shrinking shaking bouncing spinning still "
-    "slowly fast video clip"
+    "photo picture painting drawing illustration poster of the with without and or in on at by for from one two three "
+    "four five wearing holding sitting standing next to above below behind front small big tiny huge cute happy sad "
+    "funny old new young top bottom center middle left right corner sky ground water mountain forest city room street "
+    "light dark bright colorful red orange yellow green blue purple pink brown black white gray grey golden silver "
+    "hat crown bow glasses halo balloon low quality blurry ugly deformed high detailed best masterpiece sharp simple "
+    "plain background style art sks ohwx running jumping flying swimming moving rising falling growing shrinking "
+    "shaking bouncing spinning still slowly fast video clip"
 )  # fmt: skip
 
 

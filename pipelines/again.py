@@ -1,0 +1,267 @@
+"""Pictures again, from what a picture carries: our own record, or the infotext of A1111 and Forge.
+
+Files are known by their hashes, so one that was renamed is found; whatever differs from then is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+import studio
+from compose.schedulers import sampler_name
+from pipelines.image import GenerateResult, generate
+from studio.base import EMBEDDED, known_bases, read_json
+from studio.errors import FileError, RequestError, UnknownNameError
+from studio.hashes import auto_v3, sha256_of
+from studio.infotext import Infotext, hashes, parse
+from studio.lora.library import find_lora, list_loras
+from studio.media import read_carried
+from studio.paths import assets
+from studio.prompts import take_tags
+from studio.requests import GenerateRequest
+
+if TYPE_CHECKING:
+    import torch
+
+SAME = 2
+"""Levels of 255 that machines may differ by."""
+
+# A1111's own choice where the schedule is left to it.
+_AUTOMATIC = {
+    "dpmpp_2m": "Karras", "dpmpp_sde": "Karras", "dpmpp_2s": "Karras", "dpm2": "Karras", "dpm2_a": "Karras",
+    "dpmpp_2m_sde": "Exponential", "dpmpp_2m_sde_heun": "Exponential", "dpmpp_3m_sde": "Exponential",
+}  # fmt: skip
+_FIELDS = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Size": "size", "Clip skip": "clip_skip"}
+_TOLD = {
+    "Sampler",
+    "Schedule type",
+    "Model",
+    "Model hash",
+    "VAE",
+    "VAE hash",
+    "Lora hashes",
+    "TI hashes",
+    "TI",
+    "Version",
+    "RNG",
+}
+
+
+def rerun(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory: str = "auto",
+    lora_dirs: Sequence[str | Path] = (),
+    progress: bool | None = None,
+    **changes: Any,
+) -> GenerateResult:
+    """Make a picture again from what it carries.
+
+    Args:
+        path: a picture of this studio; or a picture or ``.txt`` with the infotext of A1111 or Forge.
+        device, dtype, memory, lora_dirs, progress: those of :func:`pipelines.generate`.
+        changes: fields of the request to use instead, such as ``base="FILE"``.
+
+    The notes say what has another name or other contents than then, and whether the picture is the same.
+
+    Raises:
+        studio.errors.StudioError: nothing to run in the file, or something it needs is not here.
+    """
+    carried = read_carried(path)
+    file = Path(path)
+    how = {"device": device, "dtype": dtype, "memory": memory, "lora_dirs": lora_dirs, "progress": progress}
+    if carried.record is None:
+        fields, notes = foreign(parse(carried.parameters), file.name, lora_dirs, changes)
+        result = generate({**fields, **changes}, **how)
+        result.notes[:0] = notes
+        return result
+    record = carried.record
+    fields, notes = located(record, lora_dirs, changes)
+    result = generate({**fields, **changes}, **how)
+    result.notes[:0] = notes
+    result.notes.extend(differences(record, result.sidecars[0], file.name))
+    result.notes.extend([] if changes else _compared(file, result.images[0]))
+    return result
+
+
+def located(
+    record: Mapping[str, Any], lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The request of a record with the present names of its files, found by their hashes, and notes on the renamed ones."""
+    request = GenerateRequest.of(**record["request"])
+    notes: list[str] = []
+    told = [entry if isinstance(entry, dict) else {} for entry in record.get("loras") or []]
+    digests = {str(entry.get("name")): str(entry.get("sha256", "")) for entry in told}
+    loras = []
+    for ref in request.loras:
+        name = _named(ref.name, digests.get(ref.name, ""), lora_dirs, notes) if "loras" not in changes else ref.name
+        loras.append({"name": name, "weight": ref.weight})
+    base = request.base
+    if "base" not in changes and base != EMBEDDED and not Path(base).exists() and base not in known_bases():
+        digest = str((record.get("base") or {}).get("sha256", ""))
+        found = _with_hash(known_bases().values(), digest, _file_sha256)
+        if found is not None:
+            notes.append(f"the base '{base}' is '{found.name}' now: found by its hash")
+            base = str(found)
+    return {**request.model_dump(mode="json"), "loras": loras, "base": base}, notes
+
+
+def _named(name: str, digest: str, lora_dirs: Sequence[str | Path], notes: list[str]) -> str:
+    """The LoRA ``name`` by what it is called now; by its own name when its contents are nowhere."""
+    try:
+        here: Path | None = find_lora(name, lora_dirs)
+    except UnknownNameError:
+        here = None
+    if not digest or (here is not None and _file_sha256(here) == digest):
+        return name
+    found = _with_hash(list_loras(lora_dirs).values(), digest, _file_sha256)
+    if found is None:
+        if here is None:
+            raise UnknownNameError(
+                "LoRA", name, list_loras(lora_dirs), f"(nor is there any with its contents, sha256 {digest[:12]}...)"
+            )
+        return name
+    notes.append(f"LoRA '{name}' is '{found}' now: found by its hash")
+    return str(found)
+
+
+def differences(record: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:
+    """What is other than when ``name`` was made: contents of files, programs, machine."""
+    notes = []
+    for part in ("base", "vae"):
+        before, after = ((told.get(part) or {}) for told in (record, now))
+        if before.get("sha256") != after.get("sha256"):
+            title = f"the base '{after.get('name')}'" if part == "base" else "the VAE"
+            notes.append(f"{title} has other weights than when {name} was made: the picture differs")
+    for part, title in (("loras", "LoRA"), ("embeddings", "embedding")):
+        known = [entry["sha256"] for entry in record.get(part) or []]
+        notes += [
+            f"{title} '{entry['name']}' has changed since {name} was made: the picture differs"
+            for entry in now.get(part) or []
+            if entry["sha256"] not in known
+        ]
+    then, today = (told.get("made_with") or {} for told in (record, now))
+    other = [f"{key} {then[key]} (now {today[key]})" for key in today if key in then and then[key] != today[key]]
+    if record.get("studio") != studio.__version__:
+        other.insert(0, f"studio {record.get('studio')} (now {studio.__version__})")
+    return notes + ([f"{name} was made with {', '.join(other)}"] if other else [])
+
+
+def _compared(path: Path, image: Image.Image) -> list[str]:
+    """Whether the pixels are those of the file."""
+    with Image.open(path) as file:
+        before, after = (np.asarray(one.convert("RGB")).astype(int) for one in (file, image))
+    if before.shape != after.shape:
+        return [f"the picture has another size than {path.name}"]
+    most = int(np.abs(before - after).max())
+    return [f"the picture differs from {path.name} by up to {most} of 255 levels"] if most > SAME else []
+
+
+def foreign(
+    told: Infotext, name: str, lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a request from the text of another program, and notes on what cannot be followed.
+
+    Raises:
+        UnknownNameError: its checkpoint or a LoRA is not here. RequestError: no settings in the text.
+    """
+    if not told.settings:
+        raise RequestError(f"{name} carries a text without settings (Steps, Sampler, Seed, ...): nothing can be run from it")
+    settings = told.settings
+    program = settings.get("Version", "another program")
+    notes = [] if program.startswith("studio") else [
+        f"{name} was made by another program ({program}): expect a picture close to it, not the same pixels"
+    ]  # fmt: skip
+    prompt, tags = take_tags(told.prompt)
+    known = hashes(settings.get("Lora hashes", ""))
+    loras = [{"name": _tagged(tag.name, known.get(tag.name, ""), lora_dirs, notes), "weight": tag.weight} for tag in tags]
+    fields: dict[str, Any] = {"prompt": prompt, "negative": told.negative, "loras": loras}
+    fields |= {ours: settings[theirs] for theirs, ours in _FIELDS.items() if theirs in settings}
+    fields |= _scheduler(settings, notes)
+    if "base" not in changes:
+        fields["base"] = _foreign_base(settings)
+    if "vae" not in changes and settings.get("VAE", "Automatic") not in ("Automatic", "None"):
+        stem = Path(settings["VAE"]).stem
+        fields["vae"] = str(known_bases()[stem]) if stem in known_bases() else None
+        if fields["vae"] is None:
+            notes.append(f"the VAE '{settings['VAE']}' is not here: the base's own is used, or give one with --vae")
+    if "embeddings" not in changes:
+        notes += [
+            f"the embedding '{word}' is not here, so its name is read as words: give its file with --embedding"
+            for word in hashes(settings.get("TI hashes", ""))
+        ]
+    ignored = [f"{key}: {value}" for key, value in settings.items() if key not in _FIELDS and key not in _TOLD]
+    if ignored:
+        notes.append(f"not followed: {', '.join(ignored)[:400]}")
+    return fields, notes
+
+
+def _scheduler(settings: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    sampler, schedule = settings.get("Sampler", ""), settings.get("Schedule type", "")
+    if not sampler:
+        return {}
+    try:
+        plain = sampler_name(sampler)
+        if schedule == "Automatic":
+            schedule = _AUTOMATIC.get(plain, "")
+        return {"scheduler": sampler_name(f"{sampler} {schedule}")}
+    except UnknownNameError as error:
+        notes.append(f"its sampler '{f'{sampler} {schedule}'.strip()}' is not here, so the base's default is used ({error})")
+        return {}
+
+
+def _tagged(name: str, digest: str, lora_dirs: Sequence[str | Path], notes: list[str]) -> str:
+    """The LoRA of a tag by name, or by the short hash that the text gives."""
+    try:
+        find_lora(name, lora_dirs)
+        return name
+    except UnknownNameError as error:
+        found = _with_hash(list_loras(lora_dirs).values(), digest, auto_v3, _file_sha256)
+        if found is None:
+            told = f" (nor is there any with its hash {digest})" if digest else ""
+            raise UnknownNameError("LoRA", name, list_loras(lora_dirs), told.strip()) from error
+    notes.append(f"LoRA '{name}' is '{found}' here: found by its hash")
+    return str(found)
+
+
+def _foreign_base(settings: Mapping[str, str]) -> str:
+    model, digest = settings.get("Model", ""), settings.get("Model hash", "").lower()
+    own = assets() / "base" / "studio.json"
+    facts = read_json(own) if own.is_file() else {}
+    if model in (EMBEDDED, facts.get("name")) or (digest and str(facts.get("sha256", "")).startswith(digest)):
+        return EMBEDDED
+    known = known_bases()
+    if model in known:
+        return model
+    found = _with_hash(known.values(), digest, _file_sha256)
+    if found is not None:
+        return str(found)
+    raise UnknownNameError(
+        "base", model or "(not named)", known, hint=f"(its hash is {digest or 'not told'}): give its file with --base"
+    )
+
+
+def _file_sha256(path: Path) -> str:
+    return sha256_of([path])[0] if path.is_file() else ""
+
+
+def _with_hash(files: Iterable[Path], digest: str, *ways: Callable[[Path], str]) -> Path | None:
+    """The first file whose hash, taken in one of the ``ways``, begins as ``digest`` does. Unreadable files are passed over."""
+    if len(digest) < 8:
+        return None
+    for file in files:
+        for way in ways:
+            try:
+                full = way(file)
+            except FileError:
+                continue
+            if full and (full.startswith(digest) or digest.startswith(full)):
+                return file
+    return None
