@@ -190,7 +190,7 @@ def denoise(
     def fresh() -> Any:
         sampler = make_scheduler(scheduler, base.scheduler)
         set_steps(sampler, steps, base.device)
-        if skipped:
+        if skipped and hasattr(sampler, "set_begin_index"):
             sampler.set_begin_index(skipped)
         return sampler
 
@@ -246,8 +246,8 @@ def invert(
 ) -> Tensor:
     """The unit noise ``[n, c, h, w]`` from which DDIM with as many steps and guidance 1 leads back to ``latents``.
 
-    DDIM inversion: each step is solved backwards with the prediction at the noisier level; the error is of the order of one
-    step squared. ``on_step`` sees every state on the way.
+    DDIM inversion: each step is solved backwards with the prediction of where it stands, so the way back only meets the
+    picture in the limit of many steps. ``on_step`` sees every state on the way.
     """
 
     def fresh() -> Any:

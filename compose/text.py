@@ -131,7 +131,7 @@ def _filled(words: Words, prompts: Sequence[str], count: int) -> list[Chunk]:
 
 def _encode_rows(base: Base, name: str, rows: Sequence[Chunk], clip_skip: int, *, normed: bool) -> tuple[Tensor, Any]:
     """Weighted states ``[rows, context, d]`` of the layer ``clip_skip`` from the end, and the encoder's whole output."""
-    encoder = base.models()[name]
+    encoder: Any = base.models()[name]
     layers = int(encoder.config.num_hidden_layers)
     if clip_skip > layers:
         raise RequestError(f"clip skip {clip_skip} is more than the {layers} layers of the base's text encoder")
@@ -164,7 +164,7 @@ def weighted(states: Tensor, weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def inserted(encoder: nn.Module, rows: Sequence[Chunk]) -> Iterator[None]:
+def inserted(encoder: Any, rows: Sequence[Chunk]) -> Iterator[None]:
     """Meanwhile the learnt vectors of ``rows`` stand in their columns, in place of the placeholders' own.
 
     Raises:

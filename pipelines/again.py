@@ -76,7 +76,7 @@ def rerun(
     """
     carried = read_carried(path)
     file = Path(path)
-    how = {"device": device, "dtype": dtype, "memory": memory, "lora_dirs": lora_dirs, "progress": progress}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory, "lora_dirs": lora_dirs, "progress": progress}
     if carried.record is None:
         fields, notes = foreign(parse(carried.parameters), file.name, lora_dirs, changes)
         result = generate({**fields, **changes}, **how)

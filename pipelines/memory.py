@@ -72,7 +72,8 @@ def tiles(base: Base) -> Iterator[None]:
     try:
         yield
     finally:
-        base.vae.enable_tiling(before)
+        if not before:
+            base.vae.disable_tiling()
 
 
 def check_memory(base: Base, size: tuple[int, int], rows: int) -> None:

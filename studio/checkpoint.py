@@ -27,7 +27,7 @@ LIMITS = Limits(
     header_bytes=64 * 2**20,
     file_bytes=64 * 2**30,
     tensors=50_000,
-    kind="checkpoint",
+    kind="a checkpoint",
     convert="for which the checkpoint's author or another program can convert it",
     hint="",
 )
@@ -176,7 +176,7 @@ def read_vae(path: Path, family: str) -> Any:
     header = read_raw_header(path, LIMITS)
     prefix = VAE if any(name.startswith(VAE) for name in header.tensors) else ""
     if not _is_vae(name.removeprefix(VAE) for name in header.tensors):
-        raise UnknownFormatError(f"{path.name} holds no VAE: {_other(header.tensors) or 'it has no encoder and decoder'}")
+        raise UnknownFormatError(f"{path.name} is no VAE: it {_other(header.tensors) or 'has no encoder and decoder'}")
     try:
         return _vae(tensors_of(header, prefix, torch.float32, keep=True), configs() / family)
     except (ValueError, RuntimeError, KeyError, FileError) as error:

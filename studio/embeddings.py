@@ -20,7 +20,7 @@ LIMITS = Limits(
     header_bytes=2**20,
     file_bytes=64 * 2**20,
     tensors=16,
-    kind="embedding",
+    kind="an embedding file",
     convert="for an embedding in a .pt file only its author can give one",
     hint=": is it a LoRA or a checkpoint?",
 )

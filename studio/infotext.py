@@ -1,8 +1,8 @@
 """A1111's text about a picture, which Forge, reForge, SD.Next and the sharing sites read and write too.
 
-    a prompt, over as many lines as it has <lora:name:0.8>
-    Negative prompt: what to keep away from
-    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: 6ce0161689, ...
+a prompt, over as many lines as it has <lora:name:0.8>
+Negative prompt: what to keep away from
+Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: 6ce0161689, ...
 """
 
 from __future__ import annotations

@@ -107,8 +107,10 @@ def best_device() -> torch.device:
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A number format by name; None when the choice is left open."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return None if dtype == "auto" else dtype
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
     if dtype not in DTYPES:
         raise RequestError(f"unknown dtype '{dtype}': use auto, float32, float16 or bfloat16")
     return DTYPES[dtype]

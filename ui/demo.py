@@ -147,37 +147,20 @@ def _draw(picture: Picture, count: int) -> Any:
 
 def _teach(folder: Path) -> tuple[Path, float]:
     """Render the pictures of the live subject, train on them; the LoRA file and the seconds it took."""
+    from studio.art.lessons import concept_lesson, write_lesson
     from training.concept import train_concept
     from training.config import make_config
 
+    class_word = _class_word(LIVE)
     config = make_config(
-        data=_training_pictures(folder / LIVE),
+        data=write_lesson(concept_lesson(LIVE, STYLE, f"{TRIGGER} {class_word}", PICTURES), folder / LIVE),
         output=folder / f"{LIVE}.safetensors",
         trigger=TRIGGER,
-        class_word=_class_word(LIVE),
+        class_word=class_word,
         checkpoint_every=0,
     )
     result = train_concept(config)
     return result.path, result.seconds
-
-
-def _training_pictures(folder: Path) -> Path:
-    """Captioned pictures of the live subject on backgrounds the base knows: ``folder`` itself."""
-    import numpy as np
-    from PIL import Image
-
-    from studio.art.backgrounds import BASE
-    from studio.art.captions import caption
-    from studio.art.scenes import render, sample_scene
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    noun = f"{TRIGGER} {_class_word(LIVE)}"
-    for index in range(PICTURES):
-        scene = sample_scene(rng, [LIVE], BASE, [STYLE])
-        Image.fromarray(render(scene).image).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(caption(scene, rng, {LIVE: noun}) + "\n", "utf-8")
-    return folder
 
 
 def _sheet(pictures: list[Picture], folder: Path, judge: Verdicts | None) -> Path:

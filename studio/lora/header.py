@@ -47,7 +47,7 @@ class Limits:
     file_bytes: int = 4 * 2**30
     tensors: int = 20_000
     rank: int = 1024
-    kind: str = "LoRA"
+    kind: str = "a LoRA file"
     convert: str = "or convert one you trust with 'studio lora convert --from-pickle'"
     hint: str = ": is it a whole checkpoint?"
 
@@ -90,13 +90,11 @@ def read_raw_header(path: Path, limits: Limits = LIMITS) -> RawHeader:
             file_bytes = path.stat().st_size
             text = _header_text(file, file_bytes, path, limits)
     except OSError as error:
-        raise FileError(f"cannot read {limits.kind} file {path}: {error.strerror or error}") from error
+        raise FileError(f"cannot read {limits.kind.split(maxsplit=1)[1]} {path}: {error.strerror or error}") from error
     entries = _parse_json(text, path)
     metadata = checked_metadata(entries.pop("__metadata__", {}), path.name)
     if len(entries) > limits.tensors:
-        raise FileLimitError(
-            f"{path.name} holds {len(entries)} tensors, more than the {limits.tensors} a {limits.kind} file may have"
-        )
+        raise FileLimitError(f"{path.name} holds {len(entries)} tensors, more than the {limits.tensors} {limits.kind} may have")
     data_start = 8 + len(text)
     tensors = {name: _tensor_info(name, entry, data_start, path) for name, entry in entries.items()}
     _check_offsets(tensors.values(), data_start, file_bytes, path)
@@ -151,7 +149,7 @@ def _header_text(file: BinaryIO, file_bytes: int, path: Path, limits: Limits) ->
     if file_bytes > limits.file_bytes:
         raise FileLimitError(
             f"{path.name} has {file_bytes / 2**30:.1f} GiB, more than the {limits.file_bytes / 2**30:.1f} GiB "
-            f"a {limits.kind} file may have{limits.hint}"
+            f"{limits.kind} may have{limits.hint}"
         )
     if length > limits.header_bytes:
         raise FileLimitError(f"{path.name} has a header of {length} bytes, more than the {limits.header_bytes} allowed")

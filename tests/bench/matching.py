@@ -7,8 +7,9 @@ sprite *redrawn over the picture's own background* ``B`` there, the background t
 
 with weight ``w`` = alpha inside and a light ring around it, means per channel, sums over pixels and channels. Without the ring
 a flat sprite has nothing to correlate and any flat area fits it; with it the silhouette and the colour against the background
-count. A sprite fainter than :data:`FULL_GAIN` of its true contrast loses in proportion, so ghosts do not count as present; so does one whose
-edges (gradients) have less than :data:`FULL_DETAIL` of their true strength, because a blur keeps most of the correlation.
+count. A sprite fainter than :data:`FULL_GAIN` of its true contrast loses in proportion, so ghosts and blends do not count as
+present; so does one whose gradients have less than :data:`FULL_DETAIL` of their true strength, because a blur keeps most of the
+correlation.
 
 The coarse search correlates background-subtracted half-resolution pictures with compressed templates at two sizes and every
 place, plain and mirrored.
@@ -247,9 +248,7 @@ class _Best:
         return self.key, *self.centre, self.size if size is None else size, self.flip if flip is None else flip
 
 
-def refine(
-    bank: Bank, canvas: Canvas, starts: Sequence[Start], reach: int
-) -> list[_Best]:
+def refine(bank: Bank, canvas: Canvas, starts: Sequence[Start], reach: int) -> list[_Best]:
     """The best place of each start (key, centre y, centre x, size index, flip) within ``reach`` pixels."""
     out: list[_Best | None] = [None] * len(starts)
     for size in dict.fromkeys(start[3] for start in starts):

@@ -119,17 +119,12 @@ def template(key: Key, size: int) -> np.ndarray:
     return out
 
 
-def build_bank(
-    keys: Sequence[Key], roundtrip: RoundTrip | None = None, group: bool = True, cache: Path | None = None
-) -> Bank:
+def build_bank(keys: Sequence[Key], roundtrip: RoundTrip | None = None, group: bool = True, cache: Path | None = None) -> Bank:
     """Draw every template of ``keys``; 2394 keys take some seconds, with a VAE some minutes of one core.
 
     ``cache``: a folder that keeps templates that went through a VAE, one file a VAE and set of keys.
     """
-    if roundtrip is None:
-        rgba = [torch.from_numpy(drawn) for drawn in _draw(keys)]
-    else:
-        rgba = _cached(keys, roundtrip, cache)
+    rgba = [torch.from_numpy(drawn) for drawn in _draw(keys)] if roundtrip is None else _cached(keys, roundtrip, cache)
     weights = [matching_weight(drawn[..., 3]) for drawn in rgba]
     coarse = tuple(compress(rgba[i], weights[i]) for i in COARSE)
     return Bank(tuple(keys), tuple(rgba), tuple(weights), coarse, equivalents(keys) if group else {})

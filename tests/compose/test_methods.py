@@ -117,7 +117,7 @@ def test_no_lora_is_the_stock_model(sample: Sample, three: list[Adapter], name: 
     assert torch.equal(sample(method_named(name), off), plain)
 
 
-EXACT: dict[str, dict[str, Any]] = {"merge": {}, "switch": {}, "composite": {}, "cmlora": {"intervals": "1,1"}}
+EXACT: dict[str, dict[str, Any]] = {"merge": {}, "switch": {}, "composite": {}, "cmlora": {"cache": "no"}}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

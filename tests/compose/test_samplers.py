@@ -14,7 +14,8 @@ A1111 = {
     "DPM++ 2S a": "dpmpp_2s", "DPM++ 3M SDE": "dpmpp_3m_sde", "Euler a": "euler_a", "Euler": "euler", "Heun": "heun",
     "DPM2": "dpm2", "DPM2 a": "dpm2_a", "DDIM": "ddim", "PLMS": "pndm", "UniPC": "unipc", "LCM": "lcm",
     "DPM++ 2M Karras": "dpmpp_2m_karras", "DPM++ SDE Karras": "dpmpp_sde_karras", "DPM2 a Karras": "dpm2_a_karras",
-    "DPM++ 2M SDE Exponential": "dpmpp_2m_sde_exponential", "Euler SGM Uniform": "euler_sgm_uniform", "Euler a Uniform": "euler_a",
+    "DPM++ 2M SDE Exponential": "dpmpp_2m_sde_exponential", "Euler SGM Uniform": "euler_sgm_uniform",
+    "Euler a Uniform": "euler_a",
 }  # fmt: skip
 COMFY = {
     "euler": "euler", "euler_ancestral": "euler_a", "heun": "heun", "dpm_2": "dpm2", "dpm_2_ancestral": "dpm2_a",

@@ -183,7 +183,7 @@ def test_a_mean_that_cannot_be_brought_back_is_left() -> None:
 def test_readers_of_columns_name_the_words_that_are_too_many(base: Base) -> None:
     words = words_of(base)["text_encoder"]
     one_chunk(words, "a red apple", "the method 'x'")
-    with pytest.raises(RequestError, match="the method 'x' reads the places of words.* 14 tokens: leave out 'red apple'"):
+    with pytest.raises(RequestError, match=r"the method 'x' reads the places of words.* 14 tokens: leave out 'red apple'"):
         one_chunk(words, "a " * 14 + "red apple", "the method 'x'")
 
 

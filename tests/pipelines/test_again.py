@@ -162,14 +162,14 @@ def test_what_a_foreign_text_needs_and_is_not_here_is_one_sentence(loras: Path, 
     path.write_text(a1111(loras))
     with pytest.raises(UnknownNameError, match=r"unknown base 'tiny'.*its hash is 6ce0161689\): give its file with --base"):
         rerun(path, lora_dirs=[loras])
-    with pytest.raises(UnknownNameError, match="unknown LoRA 'ink'.*nor is there any with its hash 0123456789ab"):
-        path.write_text(a1111(loras, **{"Lora hashes": '"ink: 0123456789ab"'}))
+    path.write_text(a1111(loras, **{"Lora hashes": '"ink: 0123456789ab"'}))
+    with pytest.raises(UnknownNameError, match=r"unknown LoRA 'ink'.*nor is there any with its hash 0123456789ab"):
         rerun(path, lora_dirs=[loras], base=str(tiny_base))
     path.write_text("just words")
     with pytest.raises(RequestError, match="a text without settings"):
         rerun(path)
+    path.write_text(a1111(loras, Steps="many"))
     with pytest.raises(RequestError, match="steps"):
-        path.write_text(a1111(loras, Steps="many"))
         rerun(path, lora_dirs=[loras], base=str(tiny_base))
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(FileError, match="carries nothing of how it was made"):

@@ -100,12 +100,15 @@ def write_checkpoint(path: Path, models: dict[str, Any], metadata: dict[str, str
 
 
 NARROW: dict[str, dict[str, Any]] = {
-    "sd15/unet": {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 48, "norm_num_groups": 16, "attention_head_dim": 4},
+    "sd15/unet": {
+        "block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 48, "norm_num_groups": 16, "attention_head_dim": 4,
+    },
     "sd15/vae": {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8},
     "sd15/text_encoder": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
     "sdxl/unet": {
-        "block_out_channels": [32, 64, 64], "cross_attention_dim": 48 + 64, "norm_num_groups": 16, "attention_head_dim": [2, 4, 4],
-        "transformer_layers_per_block": [1, 2, 2], "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 40,
+        "block_out_channels": [32, 64, 64], "cross_attention_dim": 48 + 64, "norm_num_groups": 16,
+        "attention_head_dim": [2, 4, 4], "transformer_layers_per_block": [1, 2, 2], "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 40,
     },
     "sdxl/vae": {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8},
     "sdxl/text_encoder": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},

@@ -167,23 +167,22 @@ def test_a_vae_of_another_kind_is_refused(files: dict[str, Path], base: Base, tm
     base.vae.save_pretrained(tmp_path / "eight")
     with pytest.raises(RequestError, match="has 8 latent channels, but the base's UNet 4"):
         load_base(files["sd15"], device="cpu", vae=str(tmp_path / "eight"))
-    with pytest.raises(UnknownFormatError, match="holds no VAE: is a LoRA|holds no VAE"):
-        save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UnknownFormatError, match=r"lora\.safetensors is no VAE: it is a LoRA: use it with --lora"):
         read_vae(tmp_path / "lora.safetensors", "sd15")
 
 
 def test_a_checkpoint_without_a_vae_asks_for_one(models: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     parts = {name: model for name, model in models["sd15"].items() if name != "vae"}
     file = write_checkpoint(tmp_path / "bare.safetensors", parts)
-    with pytest.raises(FileError, match="bare.safetensors holds no VAE: give one with --vae"):
+    with pytest.raises(FileError, match=r"bare\.safetensors holds no VAE: give one with --vae"):
         load_base(file, device="cpu")
     models["sd15"]["vae"].save_pretrained(tmp_path / "vae")
     assert load_base(file, device="cpu", vae=str(tmp_path / "vae")).vae_name == "vae"
 
 
-def changed(source: Path, target: Path, drop: str = "", **changes: torch.Tensor | None) -> Path:
-    tensors = {name: tensor for name, tensor in load_file(source).items() if not drop or not name.startswith(drop)}
-    save_file({**tensors, **{k.replace("__", "."): v for k, v in changes.items() if v is not None}}, target)
+def without(source: Path, drop: str, target: Path) -> Path:
+    save_file({name: tensor for name, tensor in load_file(source).items() if not name.startswith(drop)}, target)
     return target
 
 
@@ -201,7 +200,7 @@ def changed(source: Path, target: Path, drop: str = "", **changes: torch.Tensor 
 )
 def test_missing_weights_are_one_sentence(files: dict[str, Path], tmp_path: Path, drop: str, reason: str) -> None:
     with pytest.raises(FileError, match=reason) as caught:
-        load_base(changed(files["sd15"], tmp_path / "x.safetensors", drop), device="cpu")
+        load_base(without(files["sd15"], drop, tmp_path / "x.safetensors"), device="cpu")
     assert "x.safetensors" in str(caught.value)
 
 

@@ -47,7 +47,7 @@ def test_layouts_of_others(tmp_path: Path) -> None:
         ({"emb_params": torch.ones(2, 2, 2)}, LoraShapeError, r"not of shape \(2, 2, 2\)"),
         ({"emb_params": torch.full((2, 2), torch.nan)}, LoraValuesError, "NaN"),
         ({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(3, 8)}, LoraShapeError, "different numbers of vectors"),
-        ({"emb_params": torch.ones(2**21, 8)}, FileLimitError, "a embedding file may have|embedding file may have"),
+        ({"emb_params": torch.ones(2**21, 8)}, FileLimitError, "more than the 0.1 GiB an embedding file may have"),
     ],
 )
 def test_other_files_are_refused_with_a_reason(
@@ -64,7 +64,7 @@ def test_pickles_and_damage_are_refused(tmp_path: Path) -> None:
     (tmp_path / "y.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{}")
     with pytest.raises(DamagedFileError):
         load_embedding(tmp_path / "y.safetensors")
-    with pytest.raises(UnknownNameError, match="unknown embedding .*did you mean 'y.safetensors'|known"):
+    with pytest.raises(UnknownNameError, match=r"unknown embedding .*did you mean 'y\.safetensors'"):
         load_embedding(tmp_path / "z.safetensors")
 
 

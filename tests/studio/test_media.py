@@ -104,5 +104,5 @@ def test_damaged_records_are_one_sentence(tmp_path: Path, text: str) -> None:
     texts = PngInfo()
     texts.add_text("studio", text)
     picture().save(tmp_path / "x.png", pnginfo=texts)
-    with pytest.raises(FileError, match="the request in .* is damaged"):
+    with pytest.raises(FileError, match=r"the request in .* is damaged"):
         read_carried(tmp_path / "x.png")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_no_letter_is_lost_and_neighbours_differ() -> None:
         assert letters.sub("", prompt.plain) == letters.sub("", re.sub(r"\bBREAK\b", "", text))
         for section in prompt.sections:
             assert all(piece.text for piece in section)
-            assert all(one.weight != two.weight for one, two in zip(section, section[1:], strict=False))
+            assert all(one.weight != two.weight for one, two in pairwise(section))
 
 
 def test_brackets_around_anything_multiply_its_weights() -> None:

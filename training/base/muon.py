@@ -8,6 +8,7 @@ convolutions have.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,10 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.T if tall else x
 
 
-def parameter_groups(model: nn.Module, rate: float, adam_rate: float | None = None) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, rate: float, adam_rate: float | None = None) -> list[dict[str, Any]]:
     """Hidden matrices and kernels to Muon; embeddings, biases, norms, first and last layers to Adam."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         edge = any(part in name for part in ("conv_in", "conv_out", "embed", "places", "heads"))
         (matrices if parameter.ndim >= 2 and not edge else others).append(parameter)
@@ -54,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        groups: Iterable[dict[str, object]],
+        groups: Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
@@ -63,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "muon": False})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -71,26 +73,26 @@ class Muon(torch.optim.Optimizer):
                 state, lr = self.state[parameter], group["lr"]
                 if group["weight_decay"]:
                     parameter.mul_(1 - lr * group["weight_decay"])
-                update = _muon(parameter, state, group) if group["muon"] else _adam(parameter, state, group)
-                parameter.add_(update, alpha=-lr)
+                update = _muon if group["muon"] else _adam
+                parameter.add_(update(parameter.grad, state, group), alpha=-lr)
 
 
-def _muon(parameter: Tensor, state: dict[str, Tensor], group: dict[str, object]) -> Tensor:
-    grad, momentum = parameter.grad, float(group["momentum"])  # type: ignore[arg-type]
+def _muon(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    momentum = group["momentum"]
     if "momentum" not in state:
-        state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"] = torch.zeros_like(grad)
     state["momentum"].lerp_(grad, 1 - momentum)
     direction = torch.lerp(grad, state["momentum"], momentum).flatten(1)
     rows, columns = direction.shape
-    return (orthogonalise(direction) * (0.2 * max(rows, columns) ** 0.5)).view_as(parameter)
+    return (orthogonalise(direction) * (0.2 * max(rows, columns) ** 0.5)).view_as(grad)
 
 
-def _adam(parameter: Tensor, state: dict[str, Tensor], group: dict[str, object]) -> Tensor:
-    first, second = group["betas"]  # type: ignore[misc]
+def _adam(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    first, second = group["betas"]
     if "step" not in state:
-        state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+        state.update(step=torch.zeros(()), mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
     state["step"] += 1
     count = float(state["step"])
-    state["mean"].lerp_(parameter.grad, 1 - first)
-    state["square"].lerp_(parameter.grad.square(), 1 - second)
+    state["mean"].lerp_(grad, 1 - first)
+    state["square"].lerp_(grad.square(), 1 - second)
     return (state["mean"] / (1 - first**count)) / ((state["square"] / (1 - second**count)).sqrt() + 1e-8)

@@ -52,6 +52,8 @@ class Batch(NamedTuple):
 
 
 class Objective(nn.Module):
+    alphas: Tensor
+
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
