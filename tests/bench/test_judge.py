@@ -259,7 +259,7 @@ def test_gate_counts_what_the_generator_draws(tmp_path: Path) -> None:
 
 
 def test_gate_refuses_a_folder_without_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="model_index.json"):
+    with pytest.raises(FileError, match=r"model_index\.json"):
         gate.stock_generator(tmp_path, 2, 1.0)
 
 

@@ -66,7 +66,7 @@ def test_a_learnt_word_has_all_its_columns(base: Base) -> None:
 
 def test_the_second_of_two_equal_nouns(words: Words) -> None:
     assert locate(words, "a cat left of a cat", "cat", 1).columns == (6,)
-    with pytest.raises(RequestError, match="'cat' stands 2 times in the prompt .* not 3 times"):
+    with pytest.raises(RequestError, match=r"'cat' stands 2 times in the prompt .* not 3 times"):
         locate(words, "a cat left of a cat", "cat", 2)
     with pytest.raises(RequestError, match="'dog' does not stand in the prompt 'a cat'"):
         locate(words, "a cat", "dog")

@@ -72,8 +72,8 @@ def test_profiles_are_kept_beside_the_file_or_in_the_cache(
     beside.write_text("{")
     assert stored(adapter, base) == known
     assert places(Adapter("in memory", make_lora(1)), base) == []
+    (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot write"):
-        (tmp_path / "file").write_text("")
         known.save(tmp_path / "file" / "x.json")
 
 
