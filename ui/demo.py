@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from studio.art.scenes import Scene
     from ui.sheet import Label, SheetRow
 
-SHIPPED: Mapping[str, str] = {"cat face": "cat-face", "pizza": "pizza"}
+SHIPPED: Mapping[str, str] = {"dog face": "dog-face", "pizza": "pizza"}
 """Held-out subject -> the shipped LoRA that knows it, in the order they stand in the picture."""
+WEIGHT = 0.8
+"""Of each LoRA where two are summed: at full weight each draws its own subject twice."""
 LIVE, TRIGGER = "helicopter", "wug"
 """The held-out subject taught live, and the word that will call it."""
 STYLE, BACKGROUND = "3d", "blue"
@@ -142,7 +144,9 @@ def _picture(title: str, subjects: tuple[str, ...], nouns: Mapping[str, str], lo
 def _draw(picture: Picture, count: int) -> Any:
     from pipelines import generate
 
-    return generate(picture.prompt, loras=picture.loras, seed=SEED, count=count)
+    alone = len(picture.loras) < 2
+    loras = picture.loras if alone else tuple(f"{lora}:{WEIGHT}" for lora in picture.loras)
+    return generate(picture.prompt, loras=loras, seed=SEED, count=count)
 
 
 def _teach(folder: Path) -> tuple[Path, float]:

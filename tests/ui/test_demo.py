@@ -62,11 +62,11 @@ def test_the_story(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[s
     pair = "a 3d render of a zqx animal on the left and a vbn food on the right, blue background"
     lora = str(tmp_path / f"{demo.LIVE}.safetensors")
     assert [(prompt, fields["loras"], fields["count"]) for prompt, fields in world.drawn[:3]] == [
-        (pair, ("cat-face", "pizza"), 1),
+        (pair, ("cat-face:0.8", "pizza:0.8"), 1),
         (pair, (), demo.SEEDS),
-        (pair, ("cat-face", "pizza"), demo.SEEDS),
+        (pair, ("cat-face:0.8", "pizza:0.8"), demo.SEEDS),
     ]
-    assert [fields["loras"] for _, fields in world.drawn[3:]] == [(lora,), (lora, "cat-face")]
+    assert [fields["loras"] for _, fields in world.drawn[3:]] == [(lora,), (f"{lora}:0.8", "cat-face:0.8")]
     assert all(demo.TRIGGER in prompt for prompt, _ in world.drawn[3:])
     assert (tmp_path / "first.png").exists()
     printed = capsys.readouterr()

@@ -85,6 +85,7 @@ def unet(
     batch: int = 64,
     rate: float = 2e-3,
     channels: int = 8,
+    init: Annotated[Path | None, typer.Option(help="Go on from a finished base folder instead of parts in WORK.")] = None,
 ) -> None:
     """Step 3: the UNet, on latents and caption states of the finished parts."""
     from accelerate import PartialState
@@ -94,13 +95,16 @@ def unet(
     from training.base.data import Mixture
 
     torch.manual_seed(2)
-    vae, text = assemble.load_vae(work, channels), assemble.load_text(work)
-    model = part.Objective(part.build(channels))
+    if init is None:
+        vae, text, network = assemble.load_vae(work, channels), assemble.load_text(work), part.build(channels)
+    else:
+        vae, text, network = assemble.load_parts(init)
+    model = part.Objective(network)
     run = Run(
         work=work, name=f"unet{stage}", items=items, batch=batch, rate=rate, adam_rate=rate / 3, minutes=minutes,
         final_rate=0.5 if stage == 1 else 0.02, ema=0.998 if stage == 1 else 0.9985, weight_decay=0.01,
     )  # fmt: skip
-    if stage == 2 and not checkpoint.exists(run.folder):
+    if stage == 2 and init is None and not checkpoint.exists(run.folder):
         groups, _ = checkpoint.load(work / "unet1")
         model.load_state_dict(groups["ema"])
     mixture = Mixture(named_a=0.6, named_b=0.22, side=32 if stage == 1 else 64)

@@ -53,6 +53,13 @@ def load_unet(work: Path, name: str, channels: int = 8) -> UNet2DConditionModel:
     return model.eval()
 
 
+def load_parts(folder: Path) -> tuple[AutoencoderKL, CLIPTextModel, UNet2DConditionModel]:
+    """VAE, text encoder and UNet of a finished base, in single precision."""
+    kinds = (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel))
+    vae_model, text_model, unet_model = (kind.from_pretrained(folder / part, local_files_only=True) for part, kind in kinds)
+    return vae_model.float().eval(), text_model.float().eval(), unet_model.float()
+
+
 def pipeline(vae_model: AutoencoderKL, text_model: CLIPTextModel, unet_model: UNet2DConditionModel) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae_model, text_encoder=text_model, tokenizer=text.tokenizer(), unet=unet_model, scheduler=scheduler(),
