@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -47,6 +48,11 @@ class Adapter:
     name: str
     lora: Lora
     weight: float = 1.0
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What options may call it: as the request does, or by the stem of its file."""
+        return self.name, Path(self.name).stem
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import Tensor
 from compose.bank import Adapter
 from compose.profile import profiled
 from compose.run import Options, Run, Step
-from compose.separate import Separate, SeparateOptions, chunks, names
+from compose.separate import Separate, SeparateOptions, at_once, chunks, names
 from compose.shallow import captured, skipping, usable_cut
 from studio.requests import Finite
 
@@ -50,7 +50,7 @@ class CMLoRAOptions(SeparateOptions):
         cache: False makes every forward a whole one.
         cut: up blocks of a shallow forward; None: as few as have attention.
         high: names of the high-frequency LoRAs; None: by their profiles.
-        chunk: LoRAs per forward; None: all at once.
+        chunk: LoRAs per forward; None: as many as fit the family's batch.
         seed: of the order "random".
     """
 
@@ -161,7 +161,7 @@ class CMLoRA(Separate):
         if bank is None or self.options.order in ("random", "rotation") or len(self.concepts) == 1:
             return list(range(len(self.concepts)))
         if self.options.high is not None:
-            return [i for i, k in enumerate(self.concepts) if bank.adapters[k].name in self.options.high]
+            return [i for i, k in enumerate(self.concepts) if {*bank.adapters[k].names} & {*self.options.high}]
         found = []
         for position, concept in enumerate(self.concepts):
             run.check_cancelled()
@@ -183,9 +183,8 @@ class CMLoRA(Separate):
         whole = [k for i, k in enumerate(self.concepts) if i in turn.whole or not self._usable(k, run, x)]
         rest = [k for k in self.concepts if k not in whole]
         uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
-        for some, deep in [(c, True) for c in chunks(whole, self.options.chunk)] + [
-            (c, False) for c in chunks(rest, self.options.chunk)
-        ]:
+        size = at_once(run, self.options.chunk)
+        for some, deep in [(c, True) for c in chunks(whole, size)] + [(c, False) for c in chunks(rest, size)]:
             run.check_cancelled()
             u, v = self._whole(run, step, x, some) if deep else self._shallow(run, step, x, some)
             w = torch.tensor([share[k] for k in some], device=x.device, dtype=x.dtype).view(-1, 1, 1, 1, 1)

@@ -19,12 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from compose.run import Options, Run, Step
-from compose.separate import Separate, SeparateOptions, chunks
+from compose.separate import Separate, SeparateOptions, at_once, chunks
 from studio.requests import Finite
 
 
 class CompositeOptions(SeparateOptions):
-    """``chunk``: LoRAs per forward; None: all at once. ``gain`` multiplies the weight of every LoRA but those of ``always``."""
+    """``chunk``: LoRAs per forward; None: as many as fit the family's batch. ``gain`` multiplies the concepts' weights."""
 
     chunk: Annotated[int, Field(ge=1)] | None = None
     gain: Finite = 1.0
@@ -45,7 +45,7 @@ class Composite(Separate):
             return run.forward_guided(x, step.timestep)
         count = len(self.concepts)
         uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
-        for some in chunks(self.concepts, self.options.chunk):
+        for some in chunks(self.concepts, at_once(run, self.options.chunk)):
             run.check_cancelled()
             u, v = self.each(run, x, step.timestep, some)
             cond += v.sum(0) / count

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -22,6 +22,7 @@ from compose.run import Method, Options, Run, Step
 from studio.errors import RequestError
 from studio.requests import Finite
 
+T = TypeVar("T")
 EVERY = "*"
 SHORT = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 How = Literal["sum", "cat", "svd", "ties", "dare", "dare_ties", "lego"]
@@ -61,6 +62,11 @@ class MergeOptions(Options):
             raise ValueError(f"is no JSON ({error})") from None
 
 
+def told(option: Mapping[str, T], adapter: Adapter) -> list[T]:
+    """What an option says about a LoRA: first what it says about all, then what about this one."""
+    return [option[name] for name in dict.fromkeys((EVERY, *adapter.names)) if name in option]
+
+
 def at(points: Sequence[tuple[float, float]], share: float) -> float:
     """The line through ``points`` at ``share``; level before the first and after the last."""
     points = sorted(points)
@@ -88,7 +94,7 @@ class Merge(Method):
     options: MergeOptions
 
     def check(self, adapters: Sequence[Adapter]) -> None:
-        have = {EVERY} | ({a.name for a in adapters} if self.options.how == "sum" else set())
+        have = {EVERY} | ({name for a in adapters for name in a.names} if self.options.how == "sum" else set())
         for option in ("blocks", "schedule"):
             for name in getattr(self.options, option):
                 if name not in have:
@@ -126,11 +132,12 @@ class Merge(Method):
 
     def gains(self, adapters: Sequence[Adapter], site: Site) -> list[float]:
         """What ``blocks`` says about one layer, for every LoRA."""
-        every = self.options.blocks.get(EVERY, {})
-        return [block_weight({**every, **self.options.blocks.get(a.name, {})}, site.name) for a in adapters]
+        merged = [{part: w for parts in told(self.options.blocks, a) for part, w in parts.items()} for a in adapters]
+        return [block_weight(parts, site.name) for parts in merged]
 
     def before_step(self, run: Run, step: Step) -> None:
         if run.bank is None or not self.options.schedule:
             return
-        every = self.options.schedule.get(EVERY, ((0.0, 1.0),))
-        run.bank.route = constant([at(self.options.schedule.get(a.name, every), step.fraction) for a in run.bank.adapters])
+        run.bank.route = constant(
+            [at((told(self.options.schedule, a) or [((0.0, 1.0),)])[-1], step.fraction) for a in run.bank.adapters]
+        )

@@ -54,12 +54,10 @@ class Separate(Method):
     @staticmethod
     def known(wanted: Sequence[str], option: str, adapters: Sequence[Adapter]) -> None:
         """Refuse an option that names a LoRA the request does not have."""
-        have = [adapter.name for adapter in adapters]
+        have = ", ".join(adapter.name for adapter in adapters) or "it has none"
         for name in wanted:
-            if name not in have:
-                raise RequestError(
-                    f"'{option}' names '{name}', which is none of the request's LoRAs ({', '.join(have) or 'it has none'})"
-                )
+            if not any(name in adapter.names for adapter in adapters):
+                raise RequestError(f"'{option}' names '{name}', which is none of the request's LoRAs ({have})")
 
     def prepare(self, run: Run) -> None:
         self.prompts, self._rows = {}, {}
@@ -68,7 +66,7 @@ class Separate(Method):
         if bank is None:
             self.always = self.concepts = ()
             return
-        self.always = tuple(k for k in bank.active if bank.adapters[k].name in self.options.always)
+        self.always = tuple(k for k in bank.active if {*bank.adapters[k].names} & {*self.options.always})
         self.concepts = tuple(k for k in bank.active if k not in self.always)
         speaking = any(key.startswith("text_encoder") for k in bank.active for key in bank.adapters[k].lora.layers)
         for concept in self.concepts:
@@ -104,7 +102,11 @@ class Separate(Method):
         return (out[:, 0] if run.guided else None), out[:, -1]
 
 
-def chunks(concepts: Sequence[int], size: int | None) -> list[Sequence[int]]:
-    """Runs of at most ``size`` concepts; all at once when None."""
-    step = size or max(len(concepts), 1)
-    return [concepts[start : start + step] for start in range(0, len(concepts), step)]
+def chunks(concepts: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Runs of at most ``size`` concepts."""
+    return [concepts[start : start + size] for start in range(0, len(concepts), size)]
+
+
+def at_once(run: Run, wanted: int | None) -> int:
+    """How many concepts share a forward: as many as told, else as fit the rows the family denoises side by side; at least 1."""
+    return wanted or max(1, run.base.family.batch // len(run.latents))

@@ -6,6 +6,7 @@ Files are known by their hashes, so one that was renamed is found; whatever diff
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,59 +78,65 @@ def rerun(
     carried = read_carried(path)
     file = Path(path)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory, "lora_dirs": lora_dirs, "progress": progress}
-    if carried.record is None:
-        fields, notes = foreign(parse(carried.parameters), file.name, lora_dirs, changes)
-        result = generate({**fields, **changes}, **how)
-        result.notes[:0] = notes
-        return result
     record = carried.record
-    fields, notes = located(record, lora_dirs, changes)
-    result = generate({**fields, **changes}, **how)
-    result.notes[:0] = notes
+    if record is None:
+        found = foreign(parse(carried.parameters), file.name, lora_dirs, changes)
+    else:
+        found = located(record, lora_dirs, changes)
+    result = generate({**found.fields, **changes}, lora_files=found.files, **how)
+    result.notes[:0] = found.notes
+    if record is None:
+        return result
     result.notes.extend(differences(record, result.sidecars[0], file.name))
     result.notes.extend([] if changes else _compared(file, result.images[0]))
     return result
 
 
-def located(
-    record: Mapping[str, Any], lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """The request of a record with the present names of its files, found by their hashes, and notes on the renamed ones."""
+@dataclass
+class Found:
+    """What is to be run: ``fields`` of a request, the ``files`` of LoRAs that are called otherwise now, and notes on both."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def located(record: Mapping[str, Any], lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]) -> Found:
+    """The request of a record, and where its files are now: those that were renamed are found by their hashes."""
     request = GenerateRequest.of(**record["request"])
-    notes: list[str] = []
+    found = Found()
     told = [entry if isinstance(entry, dict) else {} for entry in record.get("loras") or []]
     digests = {str(entry.get("name")): str(entry.get("sha256", "")) for entry in told}
-    loras = []
-    for ref in request.loras:
-        name = _named(ref.name, digests.get(ref.name, ""), lora_dirs, notes) if "loras" not in changes else ref.name
-        loras.append({"name": name, "weight": ref.weight})
+    for ref in request.loras if "loras" not in changes else ():
+        _locate(ref.name, digests.get(ref.name, ""), lora_dirs, found)
     base = request.base
     if "base" not in changes and base != EMBEDDED and not Path(base).exists() and base not in known_bases():
         digest = str((record.get("base") or {}).get("sha256", ""))
-        found = _with_hash(known_bases().values(), digest, _file_sha256)
-        if found is not None:
-            notes.append(f"the base '{base}' is '{found.name}' now: found by its hash")
-            base = str(found)
-    return {**request.model_dump(mode="json"), "loras": loras, "base": base}, notes
+        file = _with_hash(known_bases().values(), digest, _file_sha256)
+        if file is not None:
+            found.notes.append(f"the base '{base}' is '{file.name}' now: found by its hash")
+            base = str(file)
+    found.fields = {**request.model_dump(mode="json"), "base": base}
+    return found
 
 
-def _named(name: str, digest: str, lora_dirs: Sequence[str | Path], notes: list[str]) -> str:
-    """The LoRA ``name`` by what it is called now; by its own name when its contents are nowhere."""
+def _locate(name: str, digest: str, lora_dirs: Sequence[str | Path], found: Found) -> None:
+    """Where the LoRA ``name`` is now, if not under its own name; when its contents are nowhere, its name decides."""
     try:
         here: Path | None = find_lora(name, lora_dirs)
     except UnknownNameError:
         here = None
     if not digest or (here is not None and _file_sha256(here) == digest):
-        return name
-    found = _with_hash(list_loras(lora_dirs).values(), digest, _file_sha256)
-    if found is None:
+        return
+    file = _with_hash(list_loras(lora_dirs).values(), digest, _file_sha256)
+    if file is None:
         if here is None:
             raise UnknownNameError(
                 "LoRA", name, list_loras(lora_dirs), f"(nor is there any with its contents, sha256 {digest[:12]}...)"
             )
-        return name
-    notes.append(f"LoRA '{name}' is '{found}' now: found by its hash")
-    return str(found)
+        return
+    found.files[name] = file
+    found.notes.append(f"LoRA '{name}' is '{file}' now: found by its hash")
 
 
 def differences(record: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:
@@ -164,10 +171,8 @@ def _compared(path: Path, image: Image.Image) -> list[str]:
     return [f"the picture differs from {path.name} by up to {most} of 255 levels"] if most > SAME else []
 
 
-def foreign(
-    told: Infotext, name: str, lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Fields of a request from the text of another program, and notes on what cannot be followed.
+def foreign(told: Infotext, name: str, lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]) -> Found:
+    """A request from the text of another program, with notes on what cannot be followed.
 
     Raises:
         UnknownNameError: its checkpoint or a LoRA is not here. RequestError: no settings in the text.
@@ -176,13 +181,15 @@ def foreign(
         raise RequestError(f"{name} carries a text without settings (Steps, Sampler, Seed, ...): nothing can be run from it")
     settings = told.settings
     program = settings.get("Version", "another program")
-    notes = [] if program.startswith("studio") else [
-        f"{name} was made by another program ({program}): expect a picture close to it, not the same pixels"
-    ]  # fmt: skip
+    found = Found()
+    notes, fields = found.notes, found.fields
+    if not program.startswith("studio"):
+        notes.append(f"{name} was made by another program ({program}): expect a picture close to it, not the same pixels")
     prompt, tags = take_tags(told.prompt)
     known = hashes(settings.get("Lora hashes", ""))
-    loras = [{"name": _tagged(tag.name, known.get(tag.name, ""), lora_dirs, notes), "weight": tag.weight} for tag in tags]
-    fields: dict[str, Any] = {"prompt": prompt, "negative": told.negative, "loras": loras}
+    for tag in tags:
+        _locate_tagged(tag.name, known.get(tag.name, ""), lora_dirs, found)
+    fields |= {"prompt": prompt, "negative": told.negative, "loras": [(tag.name, tag.weight) for tag in tags]}
     fields |= {ours: settings[theirs] for theirs, ours in _FIELDS.items() if theirs in settings}
     fields |= _scheduler(settings, notes)
     if "base" not in changes:
@@ -200,7 +207,7 @@ def foreign(
     ignored = [f"{key}: {value}" for key, value in settings.items() if key not in _FIELDS and key not in _TOLD]
     if ignored:
         notes.append(f"not followed: {', '.join(ignored)[:400]}")
-    return fields, notes
+    return found
 
 
 def _scheduler(settings: Mapping[str, str], notes: list[str]) -> dict[str, str]:
@@ -217,18 +224,17 @@ def _scheduler(settings: Mapping[str, str], notes: list[str]) -> dict[str, str]:
         return {}
 
 
-def _tagged(name: str, digest: str, lora_dirs: Sequence[str | Path], notes: list[str]) -> str:
-    """The LoRA of a tag by name, or by the short hash that the text gives."""
+def _locate_tagged(name: str, digest: str, lora_dirs: Sequence[str | Path], found: Found) -> None:
+    """The LoRA of a tag goes by its name, or else by the short hash that the text gives."""
     try:
         find_lora(name, lora_dirs)
-        return name
     except UnknownNameError as error:
-        found = _with_hash(list_loras(lora_dirs).values(), digest, auto_v3, _file_sha256)
-        if found is None:
+        file = _with_hash(list_loras(lora_dirs).values(), digest, auto_v3, _file_sha256)
+        if file is None:
             told = f" (nor is there any with its hash {digest})" if digest else ""
             raise UnknownNameError("LoRA", name, list_loras(lora_dirs), told.strip()) from error
-    notes.append(f"LoRA '{name}' is '{found}' here: found by its hash")
-    return str(found)
+        found.files[name] = file
+        found.notes.append(f"LoRA '{name}' is '{file}' here: found by its hash")
 
 
 def _foreign_base(settings: Mapping[str, str]) -> str:

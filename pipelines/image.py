@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from compose import method_named
 from compose.bank import Adapter, LoraBank
 from compose.denoise import Event, OnStep, denoise
+from compose.run import Method
 from compose.schedulers import sampler_name
 from compose.text import Encoded, Reading, encode_pair
 from compose.tokens import learnt
@@ -79,6 +81,7 @@ def generate(
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
     lora_dirs: Sequence[str | Path] = (),
+    lora_files: Mapping[str, Path] | None = None,
     **fields: Any,
 ) -> GenerateResult:
     """Pictures for a prompt, or for a whole request.
@@ -90,25 +93,27 @@ def generate(
         on_step: called after every timestep, with lazy previews. cancelled: asked before every timestep.
         device, dtype, memory: where the base runs, see :func:`studio.placement.place`.
         lora_dirs: folders where LoRAs are looked for first.
+        lora_files: the files of LoRAs whose names are no longer theirs.
 
     Raises:
         studio.errors.StudioError: with one sentence.
     """
     asked, notes = without_tags(as_request(request, **fields))
-    method_named(asked.method)
+    method = method_named(asked.method, **asked.options)
     if asked.scheduler is not None:
         sampler_name(asked.scheduler)
     base = load_base(asked.base, device, dtype, vae=asked.vae, memory=memory)
     sampling = asked.sampling(base.family, secrets.randbelow(MAX_SEED + 1))
     full = asked.with_(**asdict(sampling))
     check_size(base, sampling.size)
-    adapters = load_adapters(full, lora_dirs)
+    adapters = load_adapters(full, lora_dirs, lora_files or {})
     embeddings = load_embeddings(full.embeddings)
     notes += missing_triggers(full, adapters) + missing_embeddings(full, embeddings)
     seeds = [(sampling.seed + index) % (MAX_SEED + 1) for index in range(full.count)]
     reading = Reading(full.clip_skip, tuple(embeddings))
     started = time.perf_counter()
-    with LoraBank.on(base, adapters) as bank:
+    check_method(full, method, adapters)
+    with LoraBank.on(base, adapters, fuse=method.fuse) as bank:
         notes += bank.notes
         images = _sample(base, bank, full, sampling, seeds, reading, notes, Watch(progress, on_step, cancelled))
     seconds = time.perf_counter() - started
@@ -132,6 +137,13 @@ def without_tags(request: GenerateRequest) -> tuple[GenerateRequest, list[str]]:
     return request, notes
 
 
+def check_method(request: GenerateRequest, method: Method, adapters: list[Adapter]) -> None:
+    """Refuse a method of several LoRAs without any, and options that do not fit them."""
+    if not request.loras and (request.method != "merge" or request.options):
+        raise RequestError(f"method '{request.method}' composes LoRAs, but the request names none: add one, or leave it out")
+    method.check(adapters)
+
+
 def check_size(base: Base, size: tuple[int, int]) -> None:
     """Refuse sizes the base cannot make, naming the nearest it can."""
     step = base.size_step
@@ -145,14 +157,19 @@ def check_size(base: Base, size: tuple[int, int]) -> None:
     )
 
 
-def load_adapters(request: GenerateRequest, lora_dirs: Sequence[str | Path] = ()) -> list[Adapter]:
+def load_adapters(
+    request: GenerateRequest, lora_dirs: Sequence[str | Path] = (), lora_files: Mapping[str, Path] = MappingProxyType({})
+) -> list[Adapter]:
     """Find and read the LoRAs of a request."""
     if not request.loras:
         return []
     from studio.lora.files import load_lora
     from studio.lora.library import find_lora
 
-    return [Adapter(name=ref.name, lora=load_lora(find_lora(ref.name, lora_dirs)), weight=ref.weight) for ref in request.loras]
+    files = [lora_files.get(ref.name) or find_lora(ref.name, lora_dirs) for ref in request.loras]
+    return [
+        Adapter(name=ref.name, lora=load_lora(file), weight=ref.weight) for ref, file in zip(request.loras, files, strict=True)
+    ]
 
 
 def missing_triggers(request: GenerateRequest, adapters: list[Adapter]) -> list[str]:
@@ -218,7 +235,7 @@ def _sample(
                     steps=sampling.steps,
                     guidance=sampling.guidance,
                     scheduler=sampling.scheduler,
-                    method=method_named(request.method),
+                    method=method_named(request.method, **request.options),
                     bank=bank,
                     encode=partial(encoded, len(now)),
                     on_step=stepped,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from studio.errors import RequestError, UnknownNameError
 from studio.family import Family
@@ -95,7 +95,8 @@ class GenerateRequest(Request):
 
     ``None`` for steps, guidance, size or scheduler means the default of the base's family (:meth:`sampling`), for the seed a
     random one, for the VAE the base's own. ``clip_skip`` counts as A1111 does: 1 reads the text encoder's last layer.
-    ``embeddings`` are files of textual inversion; prompts call them by name.
+    ``embeddings`` are files of textual inversion; prompts call them by name. ``method`` says how several LoRAs act together,
+    ``options`` are its own settings (:data:`compose.METHODS`).
     """
 
     kind: Literal["generate"] = "generate"
@@ -114,6 +115,7 @@ class GenerateRequest(Request):
     scheduler: str | None = None
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     method: str = "merge"
+    options: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("loras", mode="before")
     @classmethod

@@ -32,16 +32,11 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def byte_symbols() -> list[str]:
-    """The stand-ins for bytes that byte-level BPE uses: printable bytes stand for themselves, the rest follow from U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(rest))]
-
-
 def tiny_tokenizer() -> object:
     """A CLIP tokenizer that knows :data:`WORDS` as single tokens and every byte."""
     from transformers import CLIPTokenizer
+
+    from studio.clip import byte_symbols
 
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]

@@ -11,6 +11,7 @@ import typer
 from ui import console, lora_cli, train_cli
 from ui.arguments import free_path
 from ui.console import Json
+from ui.options import BASE_HELP, ClipSkip, Device, Dtype, Embeddings, LoraDirs, Memory, Vae, given
 from ui.rooms import DISTRIBUTION, shadowed
 
 OUTPUTS = Path("outputs")
@@ -49,11 +50,12 @@ def options(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw; hold the trigger words of the LoRAs in it.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(help="What to draw, with the LoRAs' trigger words; (word:1.2), BREAK and <lora:name:0.8> act."),
+    ],
     lora: Annotated[list[str] | None, typer.Option("--lora", "-l", metavar="NAME_OR_FILE[:WEIGHT]", help="Repeatable.")] = None,
-    base: Annotated[
-        str, typer.Option(help="Base model: 'embedded', a diffusers folder, a .safetensors checkpoint or a hub id.")
-    ] = "embedded",
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default the base's own.")] = None,
@@ -61,21 +63,36 @@ def generate(
         int | None, typer.Option(help="Seed of the first picture; the next has seed + 1. By default random.")
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; by default the base's own.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Sampler, for example dpmpp_2m, ddim, euler.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Sampler: dpmpp_2m, ddim, euler, ..., or its name in A1111 or ComfyUI.")
+    ] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    vae: Vae = None,
+    clip_skip: ClipSkip = None,
+    embedding: Embeddings = None,
+    lora_dir: LoraDirs = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    memory: Memory = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Draw PROMPT, with any number of LoRAs."""
-    given: dict[str, Any] = {
-        "negative": negative,
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
-        "scheduler": scheduler,
-        "size": size,
-    }
-    fields = {key: value for key, value in given.items() if value is not None}
+    fields = given(
+        negative=negative,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        scheduler=scheduler,
+        size=size,
+        vae=vae,
+        clip_skip=clip_skip,
+        embeddings=tuple(embedding or ()),
+        lora_dirs=lora_dir,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+    )
     with console.speaking(json) as voice:
         from pipelines import generate as draw
 
@@ -86,16 +103,32 @@ def generate(
 
 @app.command()
 def rerun(
-    file: Annotated[Path, typer.Argument(help="A PNG this studio wrote.")],
+    file: Annotated[Path, typer.Argument(help="A PNG this studio wrote; or a picture or .txt with A1111's or Forge's text.")],
+    base: Annotated[str | None, typer.Option(help="Instead of the base it names. " + BASE_HELP)] = None,
+    vae: Vae = None,
+    embedding: Embeddings = None,
+    lora_dir: LoraDirs = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    memory: Memory = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Make the picture in FILE again from the request it carries."""
+    """Make the picture in FILE again from what it carries; LoRAs that were renamed are found by their hash."""
+    options = given(
+        base=base,
+        vae=vae,
+        embeddings=tuple(embedding or ()),
+        lora_dirs=lora_dir,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+    )
     with console.speaking(json) as voice:
         from pipelines import rerun as draw_again
 
         _check_png(out)
-        result = draw_again(file)
+        result = draw_again(file, **options)
         _deliver(voice, result, out or free_path(OUTPUTS, f"{file.stem.lstrip('0123456789-')} again", ".png"))
 
 

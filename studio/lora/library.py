@@ -15,7 +15,7 @@ PATH_VARIABLE = "STUDIO_LORA_PATH"
 PICKLES = (".pt", ".ckpt", ".pth", ".bin")
 _MAX_FILES = 20_000
 # What PEFT and diffusers call the file when they save an adapter as a folder.
-_FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
 def search_folders(extra_dirs: Iterable[str | Path] = ()) -> tuple[Path, ...]:
@@ -70,7 +70,7 @@ def find_lora(name_or_path: str | Path, extra_dirs: Iterable[str | Path] = (), *
     extra = tuple(extra_dirs)
     if not names_only:
         path = Path(text).expanduser()
-        for usual in _FOLDER_FILES:
+        for usual in FOLDER_FILES:
             if (path / usual).is_file():
                 return path / usual
         for candidate in (path, path.with_name(path.name + SUFFIX)):

@@ -7,9 +7,7 @@ sprite *redrawn over the picture's own background* ``B`` there, the background t
 
 with weight ``w`` = alpha inside and a light ring around it, means per channel, sums over pixels and channels. Without the ring
 a flat sprite has nothing to correlate and any flat area fits it; with it the silhouette and the colour against the background
-count. A sprite fainter than :data:`FULL_GAIN` of its true contrast loses in proportion, so ghosts and blends do not count as
-present; so does one whose gradients have less than :data:`FULL_DETAIL` of their true strength, because a blur keeps most of the
-correlation.
+count. A sprite fainter than half its true contrast loses in proportion, so ghosts do not count as present.
 
 The coarse search correlates background-subtracted half-resolution pictures with compressed templates at two sizes and every
 place, plain and mirrored.
@@ -18,7 +16,7 @@ place, plain and mirrored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,10 +30,8 @@ SHORTLIST = 40
 FINALISTS = 12
 FLOOR = 0.02
 """Standard deviation (0..1) added to both sides of the correlation: noise this small is nothing."""
-FULL_GAIN = 0.8
+FULL_GAIN = 0.5
 """Contrast, relative to the true sprite's, from which on the score is not reduced."""
-FULL_DETAIL = 0.5
-"""Strength of the sprite's own gradients, relative to the true ones, from which on the score is not reduced."""
 FULL_VIEW = 0.6
 """Part of a sprite's weight that must be on free canvas for its full score: slivers fit anything."""
 ENERGY = 0.15
@@ -109,37 +105,17 @@ def _padded(x: Tensor) -> Tensor:
 def exact(bank: Bank, canvas: Canvas, size: int, keys: Tensor, flips: Tensor, tops: Tensor) -> Tensor:
     """Scores ``[m, o]`` of ``m`` templates (``keys [m]``, mirrored where ``flips [m]``) at ``o`` places each.
 
-    ``size`` indexes :data:`SIZES`; ``tops [m, o, 2]`` are window corners (y, x) in pixels. Sharpness is left to :func:`detail`.
+    ``size`` indexes :data:`SIZES`; ``tops [m, o, 2]`` are window corners (y, x) in pixels.
     """
-    layer, subject, weight, free = _layers(bank, canvas, size, keys, flips, tops)
-    seen = (weight * free).sum(-1) / weight.sum(-1)
-    return correlation(layer, subject, (weight * free)[..., None]) * (seen / FULL_VIEW).clamp(max=1)
-
-
-def detail(bank: Bank, canvas: Canvas, size: int, keys: Tensor, flips: Tensor, tops: Tensor) -> Tensor:
-    """Strength ``[m]`` of the sprites' own gradients in the picture at ``tops [m, 2]``: 1 for a true render, 0 for a smear."""
-    layer, subject, weight, free = (x[:, 0] for x in _layers(bank, canvas, size, keys, flips, tops[:, None]))
-    side = window_side(SIZES[size])
-    drawn, image, w = (x.unflatten(1, (side, side)) for x in (layer, subject, (weight * free)[..., None]))
-    across, own = torch.zeros(len(keys)), torch.zeros(len(keys))
-    for axis in (1, 2):
-        joint = torch.minimum(w.narrow(axis, 1, side - 1), w.narrow(axis, 0, side - 1))
-        slope = drawn.diff(dim=axis)
-        across += (joint * slope * image.diff(dim=axis)).sum((1, 2, 3))
-        own += (joint * slope.square()).sum((1, 2, 3))
-    return across / own.clamp_min(1e-6)
-
-
-def _layers(
-    bank: Bank, canvas: Canvas, size: int, keys: Tensor, flips: Tensor, tops: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Template layer and picture layer ``[m, o, n n, 3]``, matching weight ``[m, 1, n n]`` and free canvas ``[m, o, n n]``."""
     rgba, weight = bank.rgba[size][keys].float() / 255, bank.weights[size][keys].float() / 255
     if bool(flips.any()):
         rgba[flips], weight[flips] = rgba[flips].flip(2), weight[flips].flip(2)
     subject, paper, free = canvas.windows(tops, rgba.shape[1])
     rgba = rgba.flatten(1, 2)[:, None]
-    return rgba[..., 3:] * (rgba[..., :3] - paper), subject, weight.flatten(1)[:, None], free
+    layer = rgba[..., 3:] * (rgba[..., :3] - paper)
+    weight = weight.flatten(1)[:, None]
+    seen = (weight * free).sum(-1) / weight.sum(-1)
+    return correlation(layer, subject, (weight * free)[..., None]) * (seen / FULL_VIEW).clamp(max=1)
 
 
 def correlation(drawn: Tensor, image: Tensor, weight: Tensor) -> Tensor:
@@ -287,19 +263,7 @@ def settle(bank: Bank, canvas: Canvas, shortlist: Sequence[Start], flips: bool) 
         ranked = keep(refine(bank, canvas, near, reach=1))
         if before == [(b.key, b.top, b.left) for b in ranked[:3]]:
             break
-    return sorted(_sharpened(bank, canvas, ranked), key=lambda b: -b.score)
-
-
-def _sharpened(bank: Bank, canvas: Canvas, found: Sequence[_Best]) -> list[_Best]:
-    """The same, each score reduced in proportion where the sprite's detail is missing."""
-    out = []
-    for size in dict.fromkeys(best.size for best in found):
-        same = [best for best in found if best.size == size]
-        keys, flips = torch.tensor([b.key for b in same]), torch.tensor([b.flip for b in same])
-        gains = detail(bank, canvas, size, keys, flips, torch.tensor([[b.top, b.left] for b in same]))
-        factors = (gains / FULL_DETAIL).clamp(0, 1).tolist()
-        out += [replace(best, score=best.score * factor) for best, factor in zip(same, factors, strict=True)]
-    return out
+    return ranked
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ def load(path: Path) -> MiniClip:
     """
     try:
         with safe_open(path, "pt") as file:
-            facts, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file}
+            facts, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - a handle, not a dict
     except (OSError, SafetensorError) as error:
         raise FileError(f"cannot read MiniCLIP weights from {path}: {error}") from error
     if "vocabulary" not in facts:

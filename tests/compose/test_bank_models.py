@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compose.bank import Adapter, LoraBank
+from compose.routes import per_row
 from studio.base import load_base
 from studio.errors import LoraFileError
 from studio.lora.dense import dense
@@ -137,3 +138,28 @@ def test_a_unet_lora_does_not_fit_a_transformer() -> None:
     lora = Lora({"unet.conv_in": random_delta(torch.empty(8, 4, 3, 3), torch.Generator().manual_seed(0))})
     with pytest.raises(LoraFileError, match="0 of 1 layers matched"), LoraBank({"transformer": sd3()[0]}, [Adapter("x", lora)]):
         pass
+
+
+def test_rows_with_loras_of_their_own_in_a_transformer(transformer: tuple[nn.Module, dict[str, Any]]) -> None:
+    """What Composite and Switch ask for: each row as from a model with that row's LoRA merged in."""
+    model, given = transformer
+    shapes = module_shapes(transformer=model)
+    generator = torch.Generator().manual_seed(1)
+    linear = [f"transformer.{path}" for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapters = [
+        Adapter(name, Lora({key: random_delta(torch.empty(shapes[key]), generator) for key in linear}))
+        for name in ("one", "two")
+    ]
+    with torch.no_grad():
+        plain = model(**given).sample
+        with LoraBank({"transformer": model}, adapters) as bank:
+            bank.route = per_row(torch.eye(2))
+            got = model(**given).sample
+    for row, adapter in enumerate(adapters):
+        oracle = copy.deepcopy(model)
+        for name, delta in adapter.lora.layers.items():
+            weight = oracle.get_submodule(name.removeprefix("transformer.")).weight
+            weight.data += dense(delta, weight.data)
+        with torch.no_grad():
+            torch.testing.assert_close(got[row], oracle(**given).sample[row], atol=1e-4, rtol=1e-4)
+        assert (got[row] - plain[row]).abs().max() > 0.1

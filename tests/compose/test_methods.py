@@ -200,4 +200,4 @@ def test_guidance_of_means_is_the_mean_of_guided_scores() -> None:
     u, v = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     torch.testing.assert_close(guide(u.mean(0), v.mean(0), 5.0), guide(u, v, 5.0).mean(0))
     assert chunks((4, 5, 6), 2) == [(4, 5), (6,)]
-    assert chunks((), None) == []
+    assert chunks((), 2) == []

@@ -53,6 +53,7 @@ def test_a_renamed_lora_is_found_by_its_hash(made: Path, loras: Path) -> None:
     again = rerun(made, lora_dirs=[loras])
     assert again.notes == [f"LoRA 'cat' is '{loras / 'renamed.safetensors'}' now: found by its hash"]
     assert same(made, again.images[0])
+    assert again.request.loras[0].name == "cat"
     # Another file has taken its name meanwhile.
     shutil.copy(loras / "other.safetensors", loras / "cat.safetensors")
     assert same(made, rerun(made, lora_dirs=[loras]).images[0])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from studio.clip import clip_tokenizer
 from studio.errors import DamagedFileError, FileError, PickleRefusedError, RequestError, UnknownFormatError, UnknownNameError
 from studio.hashes import sha256_of
 from tests.studio.original_layout import narrow_configs, random_models, vae_tensors, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -284,3 +289,27 @@ def test_the_real_shapes_of_stable_diffusion_1_5(tmp_path: Path) -> None:
     assert out.shape == (1, 4, 16, 16)
     assert out.isfinite().all()
     forget_bases()
+
+
+def test_a_fresh_process_asks_no_network_either(files: dict[str, Path], narrow: Path) -> None:
+    """Without the variables that this test run sets to keep the libraries offline."""
+    code = f"""
+import socket
+def refuse(*args, **kwargs):
+    raise SystemExit("a connection was asked for")
+socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
+socket.getaddrinfo = socket.create_connection = refuse
+import studio.checkpoint
+from pathlib import Path
+studio.checkpoint.configs = lambda: Path({str(narrow)!r})
+from pipelines import generate
+result = generate("a (red:1.2) fox", base={str(files["sdxl"])!r}, device="cpu", steps=1, size=(32, 32), seed=1)
+print(result.images[0].size, result.sidecars[0]["base"]["family"])
+"""
+    hushed = ("HF_", "TRANSFORMERS_", "DIFFUSERS_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(hushed)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split("\n")[0] == "(32, 32) sdxl"

@@ -64,7 +64,7 @@ def test_pickles_and_damage_are_refused(tmp_path: Path) -> None:
     (tmp_path / "y.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{}")
     with pytest.raises(DamagedFileError):
         load_embedding(tmp_path / "y.safetensors")
-    with pytest.raises(UnknownNameError, match=r"unknown embedding .*did you mean 'y\.safetensors'"):
+    with pytest.raises(UnknownNameError, match=r"unknown embedding .*known: y\.safetensors"):
         load_embedding(tmp_path / "z.safetensors")
 
 

@@ -47,18 +47,26 @@ class FakeResult:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+def machine() -> dict[str, Any]:
+    """Options beside the request that reached ``pipelines``."""
+    return {}
+
+
+@pytest.fixture
+def calls(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Requests that reached ``pipelines``; results go below ``tmp_path``."""
     seen: list[Any] = []
     fake = ModuleType("pipelines")
 
     def generate(prompt: str, **fields: Any) -> FakeResult:
         print("a library says hello")
+        machine.update({key: fields.pop(key) for key in ("device", "dtype", "memory", "lora_dirs") if key in fields})
         seen.append(as_request(prompt, **fields))
         return FakeResult(seen[-1])
 
-    def rerun(file: Path) -> FakeResult:
+    def rerun(file: Path, **options: Any) -> FakeResult:
         seen.append(file)
+        machine.update(options)
         return FakeResult(as_request("again"))
 
     fake.generate, fake.rerun = generate, rerun  # type: ignore[attr-defined]
@@ -92,6 +100,19 @@ def test_generate_passes_everything_on(calls: list[GenerateRequest], capsys: pyt
 def test_options_not_given_are_left_to_the_base(calls: list[GenerateRequest]) -> None:
     assert studio("generate", "a cat", "--out", "x.png") == 0
     assert calls[0] == GenerateRequest(prompt="a cat")
+
+
+def test_where_and_how_is_passed_on(calls: list[GenerateRequest], machine: dict[str, Any]) -> None:
+    code = studio(
+        "generate", "a cat", "--vae", "v.safetensors", "--clip-skip", "2", "--embedding", "e.safetensors", "--embedding",
+        "f.safetensors", "--lora-dir", "a", "--lora-dir", "b", "--device", "cpu", "--dtype", "bfloat16", "--memory", "low",
+    )  # fmt: skip
+    assert code == 0
+    assert (calls[0].vae, calls[0].clip_skip, calls[0].embeddings) == ("v.safetensors", 2, ("e.safetensors", "f.safetensors"))
+    assert machine == {"lora_dirs": [Path("a"), Path("b")], "device": "cpu", "dtype": "bfloat16", "memory": "low"}
+    machine.clear()
+    assert studio("rerun", "old.png", "--base", "other", "--lora-dir", "a", "--memory", "high") == 0
+    assert machine == {"base": "other", "lora_dirs": [Path("a")], "memory": "high"}
 
 
 def test_json_is_one_line_and_the_rest_goes_to_stderr(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +183,9 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPa
         (("generate", "a", "--lora", "cat:nan"), "finite"),
         (("generate", "a", "--out", "a.jpg"), ".png"),
         (("rerun", "a.png", "--out", "folder"), ".png"),
+        (("generate", "a", "--memory", "most"), "'--memory'"),
+        (("generate", "a", "--dtype", "int8"), "'--dtype'"),
+        (("generate", "a", "--clip-skip", "0"), "clip_skip"),
         (("nothing",), "'nothing'"),
     ],
 )

@@ -114,3 +114,51 @@ def test_mistakes_have_codes(
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
+
+
+@pytest.fixture
+def folder(lora: Path, base: Any, make_lora: Any) -> Path:
+    """LoRAs for the tiny base, for another one, a damaged file and a pickle."""
+    save_lora(lora.parent / "sub" / "good.safetensors", make_lora(1, "attn1 text_encoder", trigger="sks \x1b[2J cat"))
+    (lora.parent / "cut.safetensors").write_bytes(lora.read_bytes()[:-9])
+    torch.save({"x": torch.ones(1)}, lora.parent / "old.pt")
+    return lora.parent
+
+
+def test_check_makes_one_table_of_a_folder(
+    folder: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert studio("check", str(folder), "--base", str(tiny_base), "--json") == 0
+    found = answer(capsys)
+    assert (found["files"], found["fit"], found["base"]) == (4, 1, "tiny")
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["sub/good.safetensors"]["fits"]
+    assert rows["sub/good.safetensors"]["text_encoder"]
+    assert rows["cat.safetensors"]["verdict"].startswith("does not fit: 0 of 2")
+    assert rows["cut.safetensors"]["error"] == "DamagedFileError"
+    assert rows["old.pt"]["error"] == "PickleRefusedError"
+    monkeypatch.setenv("COLUMNS", "200")
+    assert studio("check", str(folder), "--base", str(tiny_base)) == 0
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out
+    (line,) = (line for line in printed.out.splitlines() if "sub/good" in line)
+    assert "fits" in line and "studio" in line and "sks" in line
+    assert "1 of 4 LoRA files" in printed.err
+
+
+def test_names_are_looked_for_in_lora_dir(lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert studio("show", "cat") == 3
+    assert studio("show", "cat", "--lora-dir", str(lora.parent), "--json") == 0
+    assert answer(capsys)["file"] == str(lora)
+
+
+def test_share_packs_a_lora(folder: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.zip"
+    code = studio(
+        "share", "good", "--lora-dir", str(folder), "--base", str(tiny_base), "--prompt", "a cat", "-o", str(out), "--json"
+    )
+    assert code == 0
+    found = answer(capsys)
+    assert found["file"] == str(out)
+    assert set(found["holds"]) == {"good.safetensors", "good.png", "good.json", "README.md"}
+    assert out.is_file()
