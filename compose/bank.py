@@ -154,11 +154,27 @@ class Stack:
         if len(base) % acting.rows:
             raise ValueError(f"a route of {acting.rows} rows does not fit a layer with {len(base)} rows")
         each = len(base) // acting.rows
-        parts = [
-            self.add_constant(base[a * each : b * each], x[a * each : b * each], self.gained(weights))
-            for a, b, weights in acting.spans
-        ]
-        return torch.cat(parts)
+        spans = [(slice(a * each, b * each), self.gained(weights)) for a, b, weights in acting.spans]
+        if torch.is_grad_enabled():
+            return torch.cat([self.add_constant(base[rows], x[rows], weights) for rows, weights in spans])
+        for rows, weights in spans:
+            self.add_into(base[rows], x[rows], weights)
+        return base
+
+    def add_into(self, base: Tensor, x: Tensor, weights: Sequence[float]) -> None:
+        """:meth:`add_constant` in place: some rows of a layer's fresh output, without another copy of it."""
+        pair = self.thin_pair(weights)
+        if pair is not None:
+            thin = self.through(x, pair[0])
+            if self.site.kind is Kind.CONV:
+                base += F.conv2d(thin, pair[1].T[:, :, None, None])
+            elif not base.is_contiguous():
+                base += thin @ pair[1]
+            else:
+                base.view(-1, base.shape[-1]).addmm_(thin.flatten(0, -2), pair[1])
+        for index, strength, full in self.dense:
+            if weights[index] != 0:
+                base += self.through(x, full) * (strength * weights[index])
 
     def gained(self, weights: Sequence[float]) -> Sequence[float]:
         return weights if self.gain is None else [w * g for w, g in zip(weights, self.gain, strict=True)]
