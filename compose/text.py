@@ -4,7 +4,9 @@ Each chunk of a prompt (see :mod:`compose.tokens`) is encoded alone, and the res
 token axis. A short plain prompt comes out exactly as from the stock pipeline.
 
 Weights act as in A1111: the states of a chunk are multiplied by the weights of their columns, then all by one number that
-brings their mean back, ``z' = w z * mean(z) / mean(w z)``.
+brings their mean back, ``z' = f w z`` with ``f = mean(z) / mean(w z)``. Where states spread evenly about zero, that quotient
+of two small differences says nothing and could be anything; so ``f`` is kept between ``1 / max(w)`` and ``1 / min(w)``, where
+it lies whenever all columns have means of one sign, and is 1 where the mean is next to nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Reading:
 
 PLAIN = Reading()
 LARGEST_FACTOR = 4.0
-"""Beyond this the mean of a chunk is left as the weights make it."""
+"""The bound on ``f`` where weights near zero give none."""
+LEAST_MEAN = 0.01
+"""A mean smaller than this share of the deviation is next to nothing. CLIP's is about a tenth of it."""
 
 
 def words_of(base: Base, reading: Reading = PLAIN) -> dict[str, Words]:
@@ -148,16 +152,18 @@ def _encode_rows(base: Base, name: str, rows: Sequence[Chunk], clip_skip: int, *
 
 
 def weighted(states: Tensor, weights: Tensor) -> Tensor:
-    """``states [n, L, d]`` by ``weights [n, L]``, each row's mean as before; rows whose weights are all 1 keep their bits."""
+    """``states [n, L, d]`` by ``weights [n, L]``, with each row's mean brought back; rows with weights of 1 keep their bits."""
     touched = (weights != 1).any(1)
     if not bool(touched.any()):
         return states
-    plain = states[touched].float()
-    scaled = plain * weights[touched][..., None]
+    plain, factors = states[touched].float(), weights[touched].float()
+    scaled = plain * factors[..., None]
     mean, new = plain.mean((1, 2)), scaled.mean((1, 2))
-    # A mean that the weights carry near or over zero cannot be brought back: the factor would be larger than any weight.
-    factor = mean / torch.where(new == 0, torch.nan, new)
-    back = torch.where((factor > 1 / LARGEST_FACTOR) & (factor < LARGEST_FACTOR), factor, 1.0)[:, None, None]
+    low = 1 / factors.amax(1).clamp(min=1)
+    high = 1 / factors.amin(1).clamp(min=1 / LARGEST_FACTOR, max=1)
+    quotient = torch.where(new == 0, 1.0, mean / new)
+    telling = mean.abs() > LEAST_MEAN * plain.std((1, 2))
+    back = torch.where(telling, quotient.clamp(low, high), 1.0)[:, None, None]
     result = states.clone()
     result[touched] = (scaled * back).to(states.dtype)
     return result

@@ -57,13 +57,13 @@ class UnsafeFileError(FileError):
 
 
 class LoraFileError(FileError):
-    """A LoRA file that is damaged, of an unknown format, or not for this base. Exit code 6."""
+    """A LoRA, embedding or checkpoint that is damaged, of an unknown format, or not for this base. Exit code 6."""
 
     exit_code = 6
 
 
 class WrongBaseError(LoraFileError):
-    """A LoRA of another model family. Exit code 6."""
+    """A LoRA or an embedding of another model family. Exit code 6."""
 
 
 class NumericsError(StudioError):

@@ -34,7 +34,7 @@ _REASONS = (
     (r"\.on_input$|ia3_", "is an IA3 adapter, which scales activations and is no weight difference"),
     (r"\.oft_|oft_blocks|\.lora_R\b|boft_", "is an OFT adapter, which rotates weights and is no weight difference"),
     (r"^bundle_emb\.", "bundles textual-inversion embeddings, which are not supported inside a LoRA"),
-    (r"^emb_params$|string_to_param|^clip_[lg]$", "is a textual-inversion embedding, not a LoRA"),
+    (r"^emb_params$|string_to_param|^clip_[lg]$", "is a textual-inversion embedding, not a LoRA: use it with --embedding"),
     (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "is a whole checkpoint: use it as --base"),
     (r"double_blocks|single_blocks|joint_blocks|single_transformer_|lora_transformer_", "is for a FLUX or SD3 transformer"),
     (r"lora_te3_", "trains a third text encoder, which no supported base has"),
