@@ -96,6 +96,22 @@ def test_each_row_may_use_its_own_mix(base: Base, pair: list[Adapter]) -> None:
         torch.testing.assert_close(out[row], oracle, atol=2e-5, rtol=1e-4)
 
 
+def test_rows_of_their_own_keep_the_graph_where_gradients_are_on(base: Base, pair: list[Adapter]) -> None:
+    x, t, text = inputs(base)
+    route = per_row(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.0]]))
+    with LoraBank.on(base, pair) as bank:
+        bank.route = route
+        plain = run(base.unet, x, t, text)
+        x.requires_grad_()
+        out = base.unet(x, t, encoder_hidden_states=text).sample
+        torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-4)
+        (got,) = torch.autograd.grad(out[1].square().sum(), x)
+    oracle = merged(base.unet, "unet", pair, [0.0, 1.0])
+    (expected,) = torch.autograd.grad(oracle(x, t, encoder_hidden_states=text).sample[1].square().sum(), x)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+    assert got[1].abs().max() > 0 == got[0].abs().max()
+
+
 def test_gains_by_layer_and_a_borrowed_route(base: Base, pair: list[Adapter]) -> None:
     given = inputs(base)
 
