@@ -85,6 +85,8 @@ def unet(
     batch: int = 64,
     rate: float = 2e-3,
     channels: int = 8,
+    named_a: Annotated[float, typer.Option(help="Share of subjects that belong to the first 24 named concepts.")] = 0.6,
+    named_b: Annotated[float, typer.Option(help="Share of the further 24.")] = 0.22,
     init: Annotated[Path | None, typer.Option(help="Go on from a finished base folder instead of parts in WORK.")] = None,
 ) -> None:
     """Step 3: the UNet, on latents and caption states of the finished parts."""
@@ -107,7 +109,7 @@ def unet(
     if stage == 2 and init is None and not checkpoint.exists(run.folder):
         groups, _ = checkpoint.load(work / "unet1")
         model.load_state_dict(groups["ema"])
-    mixture = Mixture(named_a=0.6, named_b=0.22, side=32 if stage == 1 else 64)
+    mixture = Mixture(named_a=named_a, named_b=named_b, side=32 if stage == 1 else 64)
     pool = part.Pool(vae, text, mixture, vae.config.scaling_factor)
     train(model, part.batch_source(pool, batch, PartialState(cpu=not torch.cuda.is_available()).num_processes), run)
 
