@@ -3,10 +3,12 @@
 #   PYTHON=python3.12           the interpreter for the virtual environment (3.11 or newer)
 #   TORCH_INDEX=URL             a package index with another build of torch (CUDA, ROCm), used for torch alone
 #   EXTRAS=dev,xformers         the extras to install
+#   JOBS=2                      trainings side by side in make bench-compose
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 EXTRAS ?= dev
+JOBS ?= 1
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -19,10 +21,10 @@ CHOICE := $(subst $(space),_,$(subst /,_,$(subst :,_,$(TORCH_INDEX)+$(EXTRAS))))
 STAMP := $(VENV)/.set-up-$(CHOICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format wheel clean
+.PHONY: help setup demo test test-slow lint format wheel bench-compose bench-speed clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## build .venv with the tested versions and install the studio into it
 
@@ -59,6 +61,13 @@ format: setup ## rewrite the code in the house style
 
 wheel: setup ## build the wheel into dist/
 	$(PIP) wheel -qq --no-deps --no-build-isolation --wheel-dir dist .
+
+bench-compose: setup ## train 22 LoRAs, compare the composition methods on 120 combinations (hours), tables into docs/results.md
+	OMP_NUM_THREADS=1 $(PY) -m tests.bench.compose train --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.bench.compose run --report docs/results.md
+
+bench-speed: setup ## what composing costs, as ratios, into docs/performance.md; the machine must be quiet
+	OMP_NUM_THREADS=1 $(PY) -m tests.bench.speed --report docs/performance.md
 
 clean: ## remove the virtual environment, caches and built files (never outputs/)
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -29,6 +29,11 @@ METHODS = {
     "switch": ("compose.switch", "Switch"),
     "composite": ("compose.composite", "Composite"),
     "cmlora": ("compose.cmlora", "CMLoRA"),
+    "clora": ("compose.clora", "CLoRA"),
+    "attend": ("compose.attend", "Attend"),
+    "lora-composer": ("compose.lora_composer", "LoraComposer"),
+    "masked": ("compose.masked", "Masked"),
+    "regional": ("compose.regional", "Regional"),
 }
 """Composition methods by name: module and class. The class knows its own options."""
 
@@ -39,13 +44,25 @@ def method_named(name: str, **options: Any) -> Method:
     Raises:
         UnknownNameError: no such method, or no such option of it. RequestError: an option does not fit.
     """
-    from studio.errors import UnknownNameError
+    from studio.errors import RequestError, UnknownNameError
 
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
+    kind = _class(name)
+    try:
+        return kind.of(**options)
+    except UnknownNameError as error:
+        owners = [other for other in METHODS if other != name and error.name in _class(other).takes.model_fields]
+        hint = f"({' and '.join(repr(other) for other in owners)} have it)" if owners else ""
+        raise UnknownNameError(f"option of method '{name}'", error.name, kind.takes.model_fields, hint) from error
+    except RequestError as error:
+        raise RequestError(f"method '{name}': option {error}") from error
+
+
+def _class(name: str) -> type[Method]:
     module, cls = METHODS[name]
-    made: Method = getattr(import_module(module), cls).of(**options)
-    return made
+    found: type[Method] = getattr(import_module(module), cls)
+    return found
 
 
 def __getattr__(name: str) -> Any:

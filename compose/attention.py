@@ -16,12 +16,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from compose.kernels import Kernel, choose, sdpa
-from compose.plan import AttentionPlan, Isolation, KeyFrames, Regional, Regions, Role, Tap, groups
+from compose.layerwise import cross_layers, slice_of
+from compose.plan import AttentionPlan, Isolation, KeyFrames, Regional, Regions, RegionText, Role, Tap, groups
 from compose.routes import Grid, cells, is_temporal
 from studio.errors import RequestError
 
@@ -69,8 +71,9 @@ class Attention:
         self._plan: AttentionPlan | None = None
         self._grid: Grid | None = None
         self._maps: Maps | None = None
-        self._texts: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._texts: WeakKeyDictionary[RegionText, dict[str, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
         self._installed: list[tuple[Any, Any, Processor]] = []
+        self._order = {name: index for index, name in enumerate(cross_layers(unet))}
 
     @property
     def plan(self) -> AttentionPlan | None:
@@ -80,7 +83,11 @@ class Attention:
     def plan(self, plan: AttentionPlan | None) -> None:
         """What acts from the next forward on."""
         self._plan = plan
-        self._texts.clear()
+
+    @property
+    def layers(self) -> dict[str, Role]:
+        """The layers that a plan may touch, while this is installed."""
+        return {ours.name: ours.role for _, _, ours in self._installed}
 
     @property
     def kernel(self) -> Kernel:
@@ -129,6 +136,7 @@ class Attention:
             module, old, _ = self._installed.pop()
             module.processor = old
         self.plan = None
+        self._texts.clear()
 
     def work(self, name: str, role: Role, tokens: int) -> Work | None:
         """What the plan wants of one layer; None: nothing."""
@@ -161,15 +169,16 @@ class Attention:
 
     def text_of(self, name: str, attn: Any, regional: Regional, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[1 or n, H, L, d]`` of one region. They depend on neither picture nor timestep: made once."""
-        found = self._texts.get((name, index))
-        if found is not None:
-            return found
         text = regional.texts[index]
+        known = self._texts.setdefault(text, {})
+        if name in known:
+            return known[name]
         with self.routed(text.route):
-            made = tuple(split_heads(attn, layer(text.states.to(like))) for layer in (attn.to_k, attn.to_v))
+            states = slice_of(text.states, self._order[name], attn.cross_attention_dim).to(like)
+            made = tuple(split_heads(attn, layer(states)) for layer in (attn.to_k, attn.to_v))
         key, value = (attn.norm_k(made[0]) if attn.norm_k is not None else made[0]), made[1]
         if text.route is not None and not key.requires_grad:
-            self._texts[(name, index)] = (key, value)
+            known[name] = (key, value)
         return key, value
 
     def routed(self, route: Any) -> Any:
@@ -341,7 +350,7 @@ def from_frames(x: Tensor, table: Tensor) -> Tensor:
 
 
 def read(q: Tensor, k: Tensor, sets: Tensor | None, allowed: Tensor | None, kernel: Kernel) -> Tensor:
-    """How much of each query's attention goes to each set of keys, mean over heads: ``[B, M, S]``, single precision.
+    """How much of each query's attention goes to each set of keys, mean over heads: ``[B, M, S]``, at least single precision.
 
     Args:
         q, k: ``[B, H, M, d]``, ``[B, H, N, d]``.
@@ -350,11 +359,12 @@ def read(q: Tensor, k: Tensor, sets: Tensor | None, allowed: Tensor | None, kern
     """
     queries, keys = q.shape[2], k.shape[2]
     if queries * keys <= EXPLICIT:
-        logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = q.to(wide) @ k.to(wide).transpose(-1, -2) * q.shape[-1] ** -0.5
         if allowed is not None:
             logits = logits.masked_fill(~allowed.to(logits.device), float("-inf"))
         maps = logits.softmax(-1).mean(1)
-        return maps if sets is None else maps @ sets.float().transpose(-1, -2)
+        return maps if sets is None else maps @ sets.to(wide).transpose(-1, -2)
     if sets is None or allowed is not None:
         raise ValueError(
             f"a map of {queries} x {keys} is too large to be read entry by entry: read sets of keys, or fewer layers"

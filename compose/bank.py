@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from compose.layerwise import cross_layers, reading_layers
 from compose.routes import Grid, Route, Site, constant, read_route, site_of
 from compose.stack import Layer, Stack
+from studio.embeddings import Embedding, carried_embeddings
 from studio.errors import LoraFileError, RequestError, WrongBaseError
 from studio.lora.model import Delta, Lora
 from studio.lora.names import module_key
@@ -48,6 +50,11 @@ class Adapter:
     def names(self) -> tuple[str, str]:
         """What options may call it: as the request does, or by the stem of its file."""
         return self.name, Path(self.name).stem
+
+    @property
+    def words(self) -> list[Embedding]:
+        """The learnt words it carries; a prompt that calls one is read with them."""
+        return carried_embeddings(self.name, self.lora)
 
 
 class LoraBank:
@@ -90,6 +97,7 @@ class LoraBank:
         self._stacks: list[Stack] = []
         self._acting = read_route(constant([1.0] * len(self.adapters)), len(self.adapters))
         self._gains: Gains | None = None
+        self._reading = ExitStack()
 
     @classmethod
     def on(cls, base: Base, adapters: Sequence[Adapter], fuse: Fuse | None = None) -> LoraBank:
@@ -141,6 +149,7 @@ class LoraBank:
             raise RuntimeError("this bank is attached already")
         plan = self._plan()
         try:
+            self._read_layers()
             for site, module, found in plan:
                 self._attach(Stack.of(site, module, found, len(self.adapters)))
         except BaseException:
@@ -188,7 +197,8 @@ class LoraBank:
                 f"LoRA '{adapter.name}' was trained for the family '{told}', but the base is of the family '{self.family}'"
             )
         match = check_against(adapter.lora, {key: tuple(module.weight.shape) for key, module in modules.items()})
-        if not match.complete or not match.total:
+        self._words_fit(adapter)
+        if not match.complete or not (match.total or adapter.lora.tokens):
             odd = next(iter((*match.wrong_shape, *match.missing)), "")
             why = "has another shape there" if match.wrong_shape else "is not there"
             sentence = f"LoRA '{adapter.name}' does not fit the base: {match}" + (
@@ -206,6 +216,17 @@ class LoraBank:
                 f"{self.base_sha256[:10]}): its effect may be off; train it again on this one for the best result"
             )
 
+    def _words_fit(self, adapter: Adapter) -> None:
+        """Words with vectors for every cross-attention layer need a UNet with as many."""
+        unet = self.models.get("unet")
+        there = len(cross_layers(unet)) if unet is not None else 0
+        odd = next((word for word in adapter.words if word.layers not in (0, there)), None)
+        if odd is not None:
+            raise WrongBaseError(
+                f"the word '{odd.calls[0]}' of LoRA '{adapter.name}' was learnt for {odd.layers} cross-attention layers, but "
+                f"the base has {there}: it was made for another model family"
+            )
+
     def _attach(self, stack: Stack) -> None:
         module = stack.module
         inner = module.forward
@@ -218,7 +239,13 @@ class LoraBank:
         self._attached.append((module, module.__dict__.get("forward")))
         module.forward = routed  # type: ignore[method-assign, assignment]
 
+    def _read_layers(self) -> None:
+        """Words of a LoRA may say something else to every cross-attention layer: the UNet must read them so."""
+        if any(adapter.weight != 0 and word.layers for adapter in self.requested for word in adapter.words):
+            self._reading.enter_context(reading_layers(self.models["unet"]))
+
     def _restore(self) -> None:
+        self._reading.close()
         self._stacks.clear()
         while self._attached:
             module, before = self._attached.pop()

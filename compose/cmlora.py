@@ -26,7 +26,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from compose.bank import Adapter
-from compose.profile import profiled
+from compose.figures import Curves, Figure, Schedule
+from compose.profile import profiled, stored
 from compose.run import Options, Run, Step
 from compose.separate import Separate, SeparateOptions, at_once, chunks, names
 from compose.shallow import captured, skipping, usable_cut
@@ -212,3 +213,26 @@ class CMLoRA(Separate):
             out = self.each(run, x, step.timestep, some)
         self.shallow += len(some)
         return out
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        if run.bank is None or not self.course:
+            return ()
+        adapters = [run.bank.adapters[k] for k in self.concepts]
+        table = [weights(len(adapters), turn.dominant, turn.q) for turn in self.course]
+        rows = {a.names[1]: [line[i] / len(adapters) for line in table] for i, a in enumerate(adapters)}
+        marks = {(adapters[i].names[1], index) for index, turn in enumerate(self.course) for i in turn.whole}
+        text = (
+            f"The share of each LoRA in the mean: the dominant one has most. Marked: whole forwards ({self.whole} of "
+            f"{self.whole + self.shallow}); the others reuse what the last whole one of that LoRA left."
+        )
+        known = {a.names[1]: stored(a, run.base) for a in adapters}
+        lines = {
+            f"{name}: {'high' if found.high else 'low'} ({found.score:+.4f})": found.curve
+            for name, found in known.items()
+            if found is not None
+        }
+        shown: list[Figure] = [Schedule(title="Dominance", text=text, rows=rows, marks=marks)]
+        if lines:
+            told = "Relative high-frequency content of the latents with each LoRA, minus without; at 0 or above it is high."
+            shown.append(Curves(title="Fourier profiles", text=told, lines=lines))
+        return shown

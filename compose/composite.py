@@ -12,12 +12,14 @@ What is different here:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from compose.figures import Figure, Schedule
 from compose.run import Options, Run, Step
 from compose.separate import Separate, SeparateOptions, at_once, chunks
 from studio.requests import Finite
@@ -52,3 +54,10 @@ class Composite(Separate):
             if u is not None:
                 uncond += u.sum(0) / count
         return (uncond if run.guided else None), cond
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        if run.bank is None or not self.concepts:
+            return ()
+        share = [1 / len(self.concepts)] * len(run.timesteps)
+        rows = {run.bank.adapters[k].names[1]: share for k in self.concepts}
+        return [Schedule(title="Shares", text="Every LoRA predicts alone at each step; the mean counts.", rows=rows)]

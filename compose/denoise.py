@@ -17,12 +17,15 @@ from torch import Tensor
 from compose.bank import LoraBank
 from compose.run import Encode, Method, Run, Step
 from compose.schedulers import inverse_scheduler, make_scheduler, set_steps
-from compose.text import Encoded
+from compose.text import Encoded, Wording
 from studio.errors import NumericsError, RequestError
+from studio.requests import Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from compose.figures import Figure
+    from compose.residuals import Residuals
     from studio.base import Base
 
 RESTARTS = 20
@@ -155,9 +158,13 @@ def denoise(
     start: Start | None = None,
     states: int = 1,
     encode: Encode | None = None,
+    wording: Wording | None = None,
     on_step: OnStep | None = None,
     cancelled: Callable[[], bool] | None = None,
     notes: list[str] | None = None,
+    regions: Sequence[Region] = (),
+    figures: list[Figure] | None = None,
+    residuals: Residuals | None = None,
 ) -> Tensor:
     """Sample one latent per seed and state.
 
@@ -172,8 +179,12 @@ def denoise(
         states: latents side by side from the same noise, such as a source beside its edit; state-major rows
             ``[states * n]``. A method sees all of them in one forward.
         encode: encodes the prompts again under the bank's present route, for methods that give each LoRA its own.
+        wording: the prompts as written, for methods that make other prompts of them; all rows say the same then.
         on_step: called after every timestep. cancelled: asked before every timestep.
         notes: what the method has to say is appended here.
+        regions: parts of the picture with LoRAs of their own, for methods that take them.
+        figures: what the method shows of its work is appended here; None: nothing is kept for it.
+        residuals: what an image condition adds inside the UNet (:mod:`compose.residuals`).
 
     Returns:
         Latents ``[states * n, c, h, w]`` as the VAE's decoder wants them times its scaling factor, single precision.
@@ -222,12 +233,19 @@ def denoise(
         bank=bank,
         cancelled=cancelled,
         encode=encode,
+        wording=wording,
         states=states,
         timesteps=timesteps,
         skipped=skipped,
         notes=[] if notes is None else notes,
+        regions=tuple(regions),
+        explaining=figures is not None,
+        residuals=residuals,
     )
-    loop(run, method or Method(), on_step=on_step)
+    chosen = method or Method()
+    loop(run, chosen, on_step=on_step)
+    if figures is not None:
+        figures += chosen.explain(run)
     return run.latents
 
 

@@ -47,7 +47,7 @@ def spell(words: Words, prompt: str) -> Spelling:
                 start = len(plain)
                 plain += text
                 if embedding is not None:
-                    spans += [(start, len(plain))] * len(embedding.vectors.get(words.component, ()))
+                    spans += [(start, len(plain))] * embedding.tokens
                 elif text:
                     told = words.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
                     spans += [(start + first, start + last) for first, last in told.offset_mapping]
@@ -102,19 +102,20 @@ def with_triggers(prompt: str, adapters: Sequence[Adapter], *, strict: bool = Fa
     notes = []
     for adapter in adapters:
         trigger = adapter.lora.trigger
-        if adapter.weight == 0 or not trigger or _says(prompt, trigger):
+        if adapter.weight == 0 or not trigger or says(prompt, trigger):
             continue
         if strict:
             raise RequestError(
                 f"the prompt lacks the trigger '{trigger}' of LoRA '{adapter.name}': write it where the LoRA shall act"
             )
         class_word = adapter.lora.metadata.get("studio.class_word", "")
-        added = trigger if _says(trigger, class_word) else f"{trigger} {class_word}".strip()
+        added = trigger if says(trigger, class_word) else f"{trigger} {class_word}".strip()
         prompt = f"{prompt.rstrip().removesuffix(',')}, {escape(added)}" if prompt.strip() else escape(added)
         notes.append(f"the prompt lacked the trigger '{trigger}' of LoRA '{adapter.name}': '{added}' was added at its end")
     return prompt, notes
 
 
-def _says(prompt: str, phrase: str) -> bool:
+def says(prompt: str, phrase: str) -> bool:
+    """Whether ``phrase`` stands in ``prompt`` as whole words."""
     pattern = r"\s+".join(re.escape(word) for word in phrase.split())
     return re.search(rf"(?<!\w){pattern}(?!\w)", parse(prompt).plain, re.IGNORECASE) is not None

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import Field, field_validator
 
 from compose.bank import Adapter, Layer
+from compose.figures import Figure, Schedule
 from compose.fuse import Recipe, fused, layer_weights
 from compose.routes import Site, constant
 from compose.run import Method, Options, Run, Step
@@ -39,7 +40,9 @@ class MergeOptions(Options):
             Parts are ``down``, ``mid``, ``up``, ``text_encoder`` or the beginning of a layer's name; the longest one counts.
         schedule: by LoRA name (or "*") pairs of (share of the schedule, weight), joined by straight lines:
             ``{"style": [[0, 0], [0.5, 1]]}``.
-        rank, density, seed: of the ways that make one LoRA; see :class:`compose.fuse.Recipe`.
+        rank: of the one LoRA per layer; None: all ranks together (for "lego" the largest).
+        density: share of entries that "ties" (None: 0.2) and "dare" (None: 0.5) keep.
+        seed: of what is random in them.
     """
 
     how: How = "sum"
@@ -138,6 +141,16 @@ class Merge(Method):
     def before_step(self, run: Run, step: Step) -> None:
         if run.bank is None or not self.options.schedule:
             return
-        run.bank.route = constant(
-            [at((told(self.options.schedule, a) or [((0.0, 1.0),)])[-1], step.fraction) for a in run.bank.adapters]
-        )
+        run.bank.route = constant([self.share(a, step.fraction) for a in run.bank.adapters])
+
+    def share(self, adapter: Adapter, fraction: float) -> float:
+        """What ``schedule`` says about one LoRA at a share of the schedule."""
+        return at((told(self.options.schedule, adapter) or [((0.0, 1.0),)])[-1], fraction)
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        if run.bank is None or not run.bank.adapters:
+            return ()
+        count = len(run.timesteps)
+        steps = [(run.skipped + index) / (run.skipped + count) for index in range(count)]
+        rows = {a.names[1]: [a.weight * self.share(a, step) for step in steps] for a in run.bank.adapters}
+        return [Schedule(title="Weights", text="How much each LoRA weighs in the sum at each step.", rows=rows)]

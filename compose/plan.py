@@ -139,7 +139,8 @@ class RegionText:
     """What speaks in one region.
 
     Args:
-        states: text states ``[1 or n, L, d]`` of its own prompt, with as many rows as the forward.
+        states: text states ``[1 or n, L, d]`` of its own prompt, with as many rows as the forward; or ``[.., layers * d]``, see
+            :mod:`compose.layerwise`.
         route: which LoRAs act on its keys, values and output projection; constant over places. None: those that act anyway.
     """
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compose.routes import constant
 from compose.run import Method, Run, Step
-from compose.text import encode_pair
+from compose.text import Reading, encode_pair
 from studio.errors import FileError
 from studio.hashes import cache_folder
 
@@ -152,7 +152,8 @@ def _curve(base: Base, bank: LoraBank, route: Tensor, prompts: Sequence[str], se
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
     totals: list[Tensor] = []
     with bank.acting(route):
-        negative, positive = encode_pair(base, prompts, [""] * len(prompts))
+        reading = Reading(embeddings=tuple(word for one in bank.adapters for word in one.words))
+        negative, positive = encode_pair(base, prompts, [""] * len(prompts), reading)
         for start in range(0, len(rows), base.family.batch):
             some = rows[start : start + base.family.batch]
             solo = Solo(route)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -51,7 +51,20 @@ class Grid:
 RouteFunction = Callable[[Tensor, Tensor, Site], Tensor]
 """``(base_out [..., C], deltas [..., C, K], site) -> r`` broadcastable to ``deltas``; for gates computed from hidden states."""
 
-Route = Tensor | RouteFunction
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A route with places, and what acts on text instead of its mean over places, where everybody's LoRA would mix.
+
+    Args:
+        places: a route tensor. text: a route tensor without places, for the keys and values of the prompt.
+    """
+
+    places: Tensor
+    text: Tensor
+
+
+Route = Tensor | Placed | RouteFunction
 
 _TEMPORAL = re.compile(r"(^|\.)(motion_modules|temp_attentions|temp_convs|transformer_in)\.")
 _TEXT = re.compile(r"\.attn2\.(to_k|to_v|add_k_proj|add_v_proj)$")
@@ -104,12 +117,14 @@ class Acting:
         weights: one number per LoRA when the route depends on nothing else.
         rows, spans: when the route depends on row and LoRA only: its rows, and ``(start, stop, weights)`` of neighbouring
             rows with equal weights.
+        text: what acts on text instead.
     """
 
     route: Route
     weights: tuple[float, ...] | None = None
     rows: int = 1
     spans: tuple[tuple[int, int, tuple[float, ...]], ...] = ()
+    text: Acting | None = None
 
 
 def read_route(route: Route, count: int) -> Acting:
@@ -118,6 +133,8 @@ def read_route(route: Route, count: int) -> Acting:
     Raises:
         ValueError: not the six axes, not ``count`` LoRAs, or not finite.
     """
+    if isinstance(route, Placed):
+        return replace(read_route(route.places, count), route=route, text=read_route(route.text, count))
     if not isinstance(route, Tensor):
         return Acting(route=route)
     check(route, count)

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from compose.bank import Adapter, Layer, LoraBank
 from compose.routes import Grid
-from compose.text import Encoded, added_conditions
+from compose.text import Encoded, Wording, added_conditions, encode_pair
 from studio.errors import CancelledError
-from studio.requests import Request
+from studio.requests import Region, Request
 
 if TYPE_CHECKING:
     from compose.attention import Attention
+    from compose.figures import Figure
     from compose.plan import AttentionPlan
+    from compose.residuals import Residuals
     from studio.base import Base
 
 Encode = Callable[[], tuple[Encoded, Encoded]]
@@ -43,6 +45,18 @@ class Step:
         return (self.skipped + self.index) / (self.skipped + self.count)
 
 
+@dataclass
+class Passes:
+    """Rows of passes through the UNet: ``whole`` forwards, ``early`` ones that stop at the last map, and
+    ``backward`` ones; ``skipped`` are those whose gradient was not finite.
+    """
+
+    whole: int = 0
+    early: int = 0
+    backward: int = 0
+    skipped: int = 0
+
+
 @dataclass(eq=False, kw_only=True)
 class Run:
     """Everything of one sampling run, handed to every hook.
@@ -57,8 +71,13 @@ class Run:
         size: picture (width, height) in pixels.
         states: latent states side by side; state ``s`` has the rows ``run.rows(s)``.
         encode: encodes the prompts again; None when only the conditioning is known.
+        wording: the prompts as written; None when only the conditioning is known.
         timesteps, skipped: what the loop will visit, and how many timesteps of the schedule lie before.
         notes: sentences for the user.
+        passes: what was computed, counted; probe runs count too.
+        regions: parts of the picture with LoRAs of their own, for methods that take them.
+        explaining: whether somebody wants :meth:`Method.explain` afterwards, so that maps are worth keeping.
+        residuals: what an image condition adds inside the UNet, asked for each forward.
     """
 
     base: Base
@@ -75,10 +94,15 @@ class Run:
     bank: LoraBank | None = None
     cancelled: Callable[[], bool] | None = None
     encode: Encode | None = None
+    wording: Wording | None = None
     states: int = 1
     timesteps: Tensor = field(default_factory=lambda: torch.zeros(0))
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
+    passes: Passes = field(default_factory=Passes)
+    regions: tuple[Region, ...] = ()
+    explaining: bool = False
+    residuals: Residuals | None = None
     resources: ExitStack = field(default_factory=ExitStack, repr=False)
     again: bool = field(default=False, repr=False)
     _attention: Attention | None = field(default=None, repr=False)
@@ -107,6 +131,17 @@ class Run:
         self._attention.plan = plan
         return self._attention
 
+    @contextmanager
+    def planned(self, plan: AttentionPlan) -> Iterator[Attention]:
+        """``plan`` acts in the forwards made meanwhile; then the plan from before acts again."""
+        before = None if self._attention is None else self._attention.plan
+        attention = self._attention if self._attention is not None and before is plan else self.attend(plan)
+        try:
+            yield attention
+        finally:
+            if before is not plan:
+                attention.plan = before
+
     def forward(self, x: Tensor, timestep: Tensor, encoded: Encoded) -> Tensor:
         """One pass of the UNet over rows ``x [n, c, h, w]`` with as many rows of conditioning; single precision in and out."""
         unet = self.base.unet
@@ -116,8 +151,11 @@ class Run:
         if self._attention is not None:
             self._attention.at(grid)
         added = added_conditions(self.base, encoded, self.size)
-        more = {} if added is None else {"added_cond_kwargs": added}
+        more: dict[str, Any] = {} if added is None else {"added_cond_kwargs": added}
+        if self.residuals is not None:
+            more |= self.residuals(x, timestep, encoded)
         out = unet(x.to(unet.dtype), timestep, encoder_hidden_states=encoded.states, return_dict=False, **more)[0]
+        self.passes.whole += len(x)
         return out.to(x.dtype)
 
     def forward_guided(self, x: Tensor, timestep: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -128,6 +166,16 @@ class Run:
             self._both = joined(self.negative, self.positive)
         uncond, cond = self.forward(torch.cat([x, x]), timestep, self._both).chunk(2)
         return uncond, cond
+
+    def say(self, prompt: str, negative: str | None = None) -> tuple[Encoded, Encoded]:
+        """Other prompts, ``(negative, positive)`` with a row per row of the latents; what the bank's route lets act now, acts.
+
+        ``negative`` None: the request's own.
+        """
+        told = self.wording or Wording(prompt=prompt)
+        pair = encode_pair(self.base, [prompt], [told.negative if negative is None else negative], told.reading)
+        rows = [0] * len(self.latents)
+        return pair[0].rows(rows), pair[1].rows(rows)
 
     def condition(self, negative: Encoded, positive: Encoded) -> None:
         """Use other prompts from now on; as many rows as before."""
@@ -182,6 +230,8 @@ class Method:
     """How a prediction is made. The base class is the stock model, with whatever the bank's route lets act."""
 
     takes: ClassVar[type[Options]] = Options
+    regions: ClassVar[Literal["none", "optional", "required"]] = "none"
+    """Whether a request of this method may or must have regions."""
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or self.takes()
@@ -214,6 +264,10 @@ class Method:
 
     def after_step(self, run: Run, step: Step) -> None:
         """Called after each timestep, with the new ``run.latents``."""
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        """What was done, for people to look at; called once after a run that is :attr:`Run.explaining`."""
+        return ()
 
 
 def joined(*several: Encoded) -> Encoded:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compose.routes import Acting, Grid, Kind, Site, shaped
+from compose.routes import Acting, Grid, Kind, Placed, Site, shaped
 from studio.lora.model import Delta, LoraDelta
 
 Layer = nn.Linear | nn.Conv2d
@@ -169,12 +169,14 @@ class Stack:
     def add(self, base: Tensor, x: Tensor, acting: Acting, grid: Grid | None) -> Tensor:
         """``base`` plus what the route lets through."""
         self.follow(x)
+        if acting.text is not None and self.site.kind is Kind.TEXT:
+            acting = acting.text
         if acting.weights is not None:
             return self.add_constant(base, x, self.gained(acting.weights))
         if acting.spans:
             return self.add_rows(base, x, acting)
         gain = 1.0 if self.gain is None else torch.tensor(self.gain).to(x)
-        route = acting.route
+        route = acting.route.places if isinstance(acting.route, Placed) else acting.route
         if callable(route):
             deltas = self.deltas(x, tuple(base.shape)) * gain
             return base + (route(base, deltas, self.site) * deltas).sum(-1)

@@ -12,10 +12,12 @@ What is different here:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from compose.figures import Figure, Schedule
 from compose.run import Options, Run, Step
 from compose.separate import Separate, SeparateOptions
 
@@ -67,3 +69,10 @@ class Switch(Separate):
         if not self.turns or self.turns[-1] != now:
             run.condition(*self.prompts[now])
         self.turns.append(now)
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        if run.bank is None or not self.turns:
+            return ()
+        rows = {run.bank.adapters[k].names[1]: [float(turn == k) for turn in self.turns] for k in self.concepts}
+        rows |= {run.bank.adapters[k].names[1]: [1.0] * len(self.turns) for k in self.always}
+        return [Schedule(title="Turns", text=f"One LoRA acts at a time, {self.tau} steps long.", rows=rows)]

@@ -11,9 +11,10 @@ it lies whenever all columns have means of one sign, and is 1 where the mean is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,8 @@ class Encoded:
     """Prompts for the UNet.
 
     Args:
-        states: text states ``[n, L, d]``; L is a multiple of the context length.
+        states: text states ``[n, L, d]``; L is a multiple of the context length. With words that speak to every cross-attention
+            layer in its own way ``[n, L, layers * d]``, see :mod:`compose.layerwise`.
         ids: the token ids behind each column, ``[n, L]``: for finding the columns of a word.
         pooled: SDXL's pooled text vector ``[n, p]``.
     """
@@ -63,6 +65,17 @@ class Reading:
 
 
 PLAIN = Reading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """The prompts of a run as they were written, for methods that make other prompts of them."""
+
+    prompt: str
+    negative: str = ""
+    reading: Reading = PLAIN
+
+
 LARGEST_FACTOR = 4.0
 """The bound on ``f`` where weights near zero give none."""
 LEAST_MEAN = 0.01
@@ -82,6 +95,21 @@ def chunks_of(base: Base, prompts: Sequence[str], reading: Reading = PLAIN) -> i
     return max(len(chunks(words, prompt)) for words in words_of(base, reading).values() for prompt in prompts)
 
 
+def layers_of(reading: Reading) -> int:
+    """How many cross-attention layers the learnt words of ``reading`` tell apart; 0: none.
+
+    Raises:
+        WrongBaseError: two words of different bases.
+    """
+    found = {embedding.layers: embedding for embedding in reading.embeddings if embedding.layers}
+    if len(found) > 1:
+        (few, one), (many, other), *_ = sorted(found.items())
+        raise WrongBaseError(
+            f"'{one.name}' has words for {few} layers and '{other.name}' for {many}: they were made for different families"
+        )
+    return next(iter(found), 0)
+
+
 @torch.no_grad()
 def encode(base: Base, prompts: Sequence[str], count: int | None = None, reading: Reading = PLAIN) -> Encoded:
     """Encode ``prompts``, all padded to ``count`` chunks (default: what the longest needs).
@@ -94,13 +122,46 @@ def encode(base: Base, prompts: Sequence[str], count: int | None = None, reading
     """
     full = count or chunks_of(base, prompts, reading)
     rows = {name: _filled(words, prompts, full) for name, words in words_of(base, reading).items()}
+    layers = layers_of(reading)
+    if not layers:
+        return encode_chunks(base, rows, full, reading.clip_skip)
+    return encode_layers(base, rows, full, layers, reading.clip_skip)
+
+
+def encode_layers(base: Base, rows: Mapping[str, Sequence[Chunk]], count: int, layers: int, clip_skip: int = 1) -> Encoded:
+    """As :func:`encode_chunks`, with the states of ``layers`` cross-attention layers side by side, ``[n, L, layers * d]``.
+
+    Only prompts with layer-wise words are read once for every layer. Their pooled vector is the mean over the layers.
+    """
+    prompts = len(rows["text_encoder"]) // count
+    told = [any(chunk.layerwise for chunk in _of(rows["text_encoder"], index, count)) for index in range(prompts)]
+    variants = [(index, layer) for index, own in enumerate(told) for layer in range(layers if own else 1)]
+    flat = {
+        name: [chunk.at(layer) for index, layer in variants for chunk in _of(chunks, index, count)]
+        for name, chunks in rows.items()
+    }
+    every = encode_chunks(base, flat, count, clip_skip)
+    ends = [0, *accumulate(layers if own else 1 for own in told)]
+    states = torch.stack([every.states[begin:end].expand(layers, -1, -1) for begin, end in pairwise(ends)])
+    pooled = None
+    if every.pooled is not None:
+        pooled = torch.stack([every.pooled[begin:end].mean(0) for begin, end in pairwise(ends)])
+    return Encoded(states=states.transpose(1, 2).flatten(2), ids=every.ids[ends[:-1]], pooled=pooled)
+
+
+def _of(chunks: Sequence[Chunk], index: int, count: int) -> Sequence[Chunk]:
+    return chunks[index * count : (index + 1) * count]
+
+
+def encode_chunks(base: Base, rows: Mapping[str, Sequence[Chunk]], count: int, clip_skip: int = 1) -> Encoded:
+    """States of prompts of ``count`` chunks each, given by text encoder; gradients reach the learnt vectors in them."""
     first = rows["text_encoder"]
-    ids = torch.tensor([chunk.ids for chunk in first]).unflatten(0, (len(prompts), full))
+    ids = torch.tensor([chunk.ids for chunk in first]).unflatten(0, (-1, count))
     if base.text_encoder_2 is None:
-        states, _ = _encode_rows(base, "text_encoder", first, reading.clip_skip, normed=True)
+        states, _ = _encode_rows(base, "text_encoder", first, clip_skip, normed=True)
         return Encoded(states=states.unflatten(0, ids.shape[:2]).flatten(1, 2), ids=ids.flatten(1))
     # SDXL: the last layer but one of both encoders, side by side; the pooled vector of the second, from the first chunk.
-    skip = max(reading.clip_skip, 2)
+    skip = max(clip_skip, 2)
     one, _ = _encode_rows(base, "text_encoder", first, skip, normed=False)
     two, out = _encode_rows(base, "text_encoder_2", rows["text_encoder_2"], skip, normed=False)
     states = torch.cat([one, two], dim=-1)

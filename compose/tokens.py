@@ -42,12 +42,22 @@ class Chunk:
     Args:
         ids: token ids, with begin, end and padding.
         weights: of each column; those of begin, end and padding are 1.
-        vectors: learnt vectors ``[n, d]`` by the column where they begin.
+        vectors: learnt vectors by the column where they begin: ``[n, d]``, or ``[layers, n, d]``, other ones for every
+            cross-attention layer.
     """
 
     ids: list[int]
     weights: list[float]
     vectors: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def layerwise(self) -> bool:
+        return any(vectors.ndim == 3 for vectors in self.vectors.values())
+
+    def at(self, layer: int) -> Chunk:
+        """The chunk as cross-attention layer number ``layer`` reads it."""
+        found = {column: vectors[layer] if vectors.ndim == 3 else vectors for column, vectors in self.vectors.items()}
+        return Chunk(self.ids, self.weights, found)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,18 @@ def chunks(words: Words, text: str) -> list[Chunk]:
     """``text`` as the text encoder reads it: at least one chunk."""
     prompt = parse(text)
     return [_framed(words, run) for section in _sections(words, prompt) for run in section]
+
+
+def literal(words: Words, text: str) -> Chunk:
+    """``text`` as it is written, without weights or breaks, cut to one chunk: how a trainer reads captions."""
+    run: list[Unit] = []
+    used = 0
+    for unit in _units(words, text, 1.0):
+        used += len(unit.ids)
+        if used > words.room:
+            break
+        run.append(unit)
+    return _framed(words, run)
 
 
 def learnt(embeddings: Sequence[Embedding], text: str) -> set[str]:
@@ -120,9 +142,9 @@ def _units(words: Words, text: str, weight: float) -> list[Unit]:
                 f"embedding '{embedding.name}' has no part for the base's {words.component.replace('_', ' ')}: "
                 "it was made for another model family"
             )
-        if len(vectors) > words.room:
-            raise RequestError(f"embedding '{embedding.name}' takes {len(vectors)} tokens, but a chunk has {words.room}")
-        units.append(Unit((PLACEHOLDER,) * len(vectors), weight, vectors))
+        if embedding.tokens > words.room:
+            raise RequestError(f"embedding '{embedding.name}' takes {embedding.tokens} tokens, but a chunk has {words.room}")
+        units.append(Unit((PLACEHOLDER,) * embedding.tokens, weight, vectors))
     return units
 
 

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.again import rerun
     from pipelines.image import GenerateResult, generate
+    from pipelines.preview import previewer
 
-__all__ = ["GenerateResult", "generate", "rerun"]
+__all__ = ["GenerateResult", "generate", "previewer", "rerun"]
 
-_HOME = {"GenerateResult": "pipelines.image", "generate": "pipelines.image", "rerun": "pipelines.again"}
+_HOME = {
+    "GenerateResult": "pipelines.image",
+    "generate": "pipelines.image",
+    "previewer": "pipelines.preview",
+    "rerun": "pipelines.again",
+}
 
 
 def __getattr__(name: str) -> Any:

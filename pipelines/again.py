@@ -16,7 +16,7 @@ from PIL import Image
 import studio
 from compose.schedulers import sampler_name
 from pipelines.image import GenerateResult, generate
-from studio.base import EMBEDDED, known_bases, read_json
+from studio.base import EMBEDDED, base_sha256, known_bases, read_json
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.hashes import auto_v3, sha256_of
 from studio.infotext import Infotext, hashes, parse
@@ -82,7 +82,7 @@ def rerun(
     if record is None:
         found = foreign(parse(carried.parameters), file.name, lora_dirs, changes)
     else:
-        found = located(record, lora_dirs, changes)
+        found = located(record, file, lora_dirs, changes)
     result = generate({**found.fields, **changes}, lora_files=found.files, **how)
     result.notes[:0] = found.notes
     if record is None:
@@ -101,8 +101,8 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def located(record: Mapping[str, Any], lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]) -> Found:
-    """The request of a record, and where its files are now: those that were renamed are found by their hashes."""
+def located(record: Mapping[str, Any], file: Path, lora_dirs: Sequence[str | Path], changes: Mapping[str, Any]) -> Found:
+    """The request that ``file`` carries, and where its files are now: those that were renamed are found by their hashes."""
     request = GenerateRequest.of(**record["request"])
     found = Found()
     told = [entry if isinstance(entry, dict) else {} for entry in record.get("loras") or []]
@@ -110,14 +110,45 @@ def located(record: Mapping[str, Any], lora_dirs: Sequence[str | Path], changes:
     for ref in request.loras if "loras" not in changes else ():
         _locate(ref.name, digests.get(ref.name, ""), lora_dirs, found)
     base = request.base
-    if "base" not in changes and base != EMBEDDED and not Path(base).exists() and base not in known_bases():
-        digest = str((record.get("base") or {}).get("sha256", ""))
-        file = _with_hash(known_bases().values(), digest, _file_sha256)
-        if file is not None:
-            found.notes.append(f"the base '{base}' is '{file.name}' now: found by its hash")
-            base = str(file)
-    found.fields = {**request.model_dump(mode="json"), "base": base}
+    if "base" not in changes:
+        base = _locate_base(base, str((record.get("base") or {}).get("sha256", "")), found.notes)
+    found.fields = {**_beside(request, record, file, found.notes).model_dump(mode="json"), "base": base, "triggers": "keep"}
     return found
+
+
+def _locate_base(name: str, digest: str, notes: list[str]) -> str:
+    """Where the base ``name`` is now, if not under its own name; when its weights are nowhere, its name decides."""
+    if name == EMBEDDED or not digest:
+        return name
+    known = known_bases()
+    here = Path(name).expanduser()
+    here = here if here.exists() else known.get(name.removesuffix(".safetensors"), here)
+    if here.exists() and base_sha256(here) == digest:
+        return name
+    beside = sorted(here.parent.glob("*.safetensors")) if here.suffix == ".safetensors" else []
+    place = _with_hash([*known.values(), *beside], digest, base_sha256)
+    if place is None:
+        return name
+    notes.append(f"the base '{name}' is '{place.name}' now: found by its hash")
+    return str(place)
+
+
+def _beside(request: GenerateRequest, record: Mapping[str, Any], file: Path, notes: list[str]) -> GenerateRequest:
+    """The request; pictures that are gone are taken from beside ``file``, where they have the contents they had."""
+    told = {str(entry.get("name")): str(entry.get("sha256", "")) for entry in record.get("pictures") or []}
+
+    def place(path: Path) -> Path:
+        near = file.parent / path.name
+        if path.expanduser().is_file() or _file_sha256(near) not in ("", told.get(str(path), "")):
+            return path
+        if near.is_file():
+            notes.append(f"the picture '{path}' is taken from {near}")
+            return near
+        return path
+
+    regions = [r if r.mask is None else r.with_(mask=place(r.mask)) for r in request.regions]
+    start = request.init_image
+    return request.with_(regions=regions, init_image=None if start is None else place(start), strength=request.strength)
 
 
 def _locate(name: str, digest: str, lora_dirs: Sequence[str | Path], found: Found) -> None:
@@ -147,7 +178,7 @@ def differences(record: Mapping[str, Any], now: Mapping[str, Any], name: str) ->
         if before.get("sha256") != after.get("sha256"):
             title = f"the base '{after.get('name')}'" if part == "base" else "the VAE"
             notes.append(f"{title} has other weights than when {name} was made: the picture differs")
-    for part, title in (("loras", "LoRA"), ("embeddings", "embedding")):
+    for part, title in (("loras", "LoRA"), ("embeddings", "embedding"), ("pictures", "the picture")):
         known = [entry["sha256"] for entry in record.get(part) or []]
         notes += [
             f"{title} '{entry['name']}' has changed since {name} was made: the picture differs"
@@ -191,7 +222,7 @@ def foreign(told: Infotext, name: str, lora_dirs: Sequence[str | Path], changes:
         _locate_tagged(tag.name, known.get(tag.name, ""), lora_dirs, found)
     fields |= {"prompt": prompt, "negative": told.negative, "loras": [(tag.name, tag.weight) for tag in tags]}
     fields |= {ours: settings[theirs] for theirs, ours in _FIELDS.items() if theirs in settings}
-    fields |= _scheduler(settings, notes)
+    fields |= {"triggers": "keep", **_scheduler(settings, notes)}
     if "base" not in changes:
         fields["base"] = _foreign_base(settings)
     if "vae" not in changes and settings.get("VAE", "Automatic") not in ("Automatic", "None"):

@@ -8,30 +8,39 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compose import method_named
-from compose.bank import Adapter, LoraBank
-from compose.denoise import Event, OnStep, denoise
-from compose.run import Method
-from compose.schedulers import sampler_name
-from compose.text import Encoded, Reading, encode_pair
-from compose.tokens import learnt
+from compose.bank import LoraBank
+from compose.denoise import Event, OnStep, Start, denoise
+from compose.text import Encoded, Reading, Wording, encode_pair, words_of
+from pipelines.explain import report, words_shown, writable
 from pipelines.memory import check_memory, decode_within, is_out_of_memory, out_of_memory
+from pipelines.prepare import (
+    STRENGTH,
+    Prepared,
+    check_size,
+    fitted,
+    load_adapters,
+    missing_embeddings,
+    prepare,
+    size_like,
+    with_words,
+    worded,
+)
 from pipelines.progress import Bar
 from pipelines.records import Made
 from studio.base import Base, load_base
-from studio.embeddings import Embedding, load_embeddings
-from studio.errors import RequestError
-from studio.media import save_png
-from studio.prompts import not_followed, parse, take_tags
-from studio.requests import MAX_SEED, GenerateRequest, LoraRef, Sampling, as_request
+from studio.embeddings import load_embeddings
+from studio.media import encode, save_png
+from studio.requests import MAX_SEED, GenerateRequest, Sampling, as_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from compose.figures import Figure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,6 +91,7 @@ def generate(
     memory: str = "auto",
     lora_dirs: Sequence[str | Path] = (),
     lora_files: Mapping[str, Path] | None = None,
+    explain: str | Path | None = None,
     **fields: Any,
 ) -> GenerateResult:
     """Pictures for a prompt, or for a whole request.
@@ -94,116 +104,79 @@ def generate(
         device, dtype, memory: where the base runs, see :func:`studio.placement.place`.
         lora_dirs: folders where LoRAs are looked for first.
         lora_files: the files of LoRAs whose names are no longer theirs.
+        explain: a folder for pictures of what the method did (:mod:`pipelines.explain`).
 
     Raises:
         studio.errors.StudioError: with one sentence.
     """
-    asked, notes = without_tags(as_request(request, **fields))
-    method = method_named(asked.method, **asked.options)
-    if asked.scheduler is not None:
-        sampler_name(asked.scheduler)
+    prepared = prepare(as_request(request, **fields), lora_dirs, lora_files or {})
+    if explain is not None:
+        writable(Path(explain))
+    asked, notes = prepared.request, list(prepared.notes)
+    adapters = load_adapters(prepared)
     base = load_base(asked.base, device, dtype, vae=asked.vae, memory=memory)
+    if prepared.start is not None:
+        like = asked.size or size_like(base, prepared.start.size)
+        asked = asked.with_(size=like, strength=STRENGTH if asked.strength is None else asked.strength)
     sampling = asked.sampling(base.family, secrets.randbelow(MAX_SEED + 1))
-    full = asked.with_(**asdict(sampling))
     check_size(base, sampling.size)
-    adapters = load_adapters(full, lora_dirs, lora_files or {})
+    full, said = worded(asked.with_(**asdict(sampling)), adapters)
     embeddings = load_embeddings(full.embeddings)
-    notes += missing_triggers(full, adapters) + missing_embeddings(full, embeddings)
+    spoken = with_words(embeddings, adapters)
+    notes += said + missing_embeddings(full, embeddings)
     seeds = [(sampling.seed + index) % (MAX_SEED + 1) for index in range(full.count)]
-    reading = Reading(full.clip_skip, tuple(embeddings))
     started = time.perf_counter()
-    check_method(full, method, adapters)
-    with LoraBank.on(base, adapters, fuse=method.fuse) as bank:
+    figures: list[Figure] | None = None if explain is None else []
+    with LoraBank.on(base, adapters, fuse=prepared.method.fuse) as bank:
         notes += bank.notes
-        images = _sample(base, bank, full, sampling, seeds, reading, notes, Watch(progress, on_step, cancelled))
+        work = _Work(
+            base=base,
+            bank=bank,
+            request=full,
+            sampling=sampling,
+            seeds=seeds,
+            reading=Reading(full.clip_skip, spoken),
+            start=_start(base, full, prepared),
+            watch=Watch(progress, on_step, cancelled),
+            figures=figures,
+        )
+        images = _sample(work, notes)
     seconds = time.perf_counter() - started
     made = Made(base=base, request=full, sampling=sampling, adapters=adapters, embeddings=embeddings, seeds=seeds, notes=notes)
     sidecars, texts = made.records()
-    return GenerateResult(
+    result = GenerateResult(
         images=images, request=full, seeds=seeds, seconds=seconds, notes=notes, sidecars=sidecars, parameters=texts
     )
+    if explain is not None:
+        words = words_shown(words_of(base, work.reading)["text_encoder"], full, adapters)
+        report(Path(explain), result, [words, *(figures or [])])
+    return result
 
 
-def without_tags(request: GenerateRequest) -> tuple[GenerateRequest, list[str]]:
-    """The request with the LoRAs that its prompt asks for among its own, and notes on what was done."""
-    prompt, tags = take_tags(request.prompt)
-    negative, idle = take_tags(request.negative)
-    notes = [f"LoRA '{tag.name}' is taken from the prompt, with the weight {tag.weight:g}" for tag in tags]
-    notes += [f"LoRA '{tag.name}' in the negative prompt does nothing: name it in the prompt" for tag in idle]
-    notes += not_followed(prompt) + not_followed(negative)
-    if tags or idle:
-        loras = (*request.loras, *(LoraRef.of(name=tag.name, weight=tag.weight) for tag in tags))
-        request = request.with_(prompt=prompt, negative=negative, loras=loras)
-    return request, notes
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Work:
+    """All that sampling needs to know. ``figures``: what the method shows of the first round is appended here."""
+
+    base: Base
+    bank: LoraBank
+    request: GenerateRequest
+    sampling: Sampling
+    seeds: list[int]
+    reading: Reading
+    start: Start | None
+    watch: Watch
+    figures: list[Figure] | None
 
 
-def check_method(request: GenerateRequest, method: Method, adapters: list[Adapter]) -> None:
-    """Refuse a method of several LoRAs without any, and options that do not fit them."""
-    if not request.loras and (request.method != "merge" or request.options):
-        raise RequestError(f"method '{request.method}' composes LoRAs, but the request names none: add one, or leave it out")
-    method.check(adapters)
+def _start(base: Base, request: GenerateRequest, prepared: Prepared) -> Start | None:
+    if prepared.start is None or request.size is None or request.strength is None:
+        return None
+    return Start(latents=encode(base.vae, [fitted(prepared.start, request.size)]), strength=request.strength)
 
 
-def check_size(base: Base, size: tuple[int, int]) -> None:
-    """Refuse sizes the base cannot make, naming the nearest it can."""
-    step = base.size_step
-    if all(side % step == 0 for side in size):
-        return
-    low, high = (tuple(max((side + up) // step, 1) * step for side in size) for up in (0, step - 1))
-    near = f"{low[0]}x{low[1]}" + (f" or {high[0]}x{high[1]}" if high != low else "")
-    raise RequestError(
-        f"size {size[0]}x{size[1]} does not fit base '{base.name}': width and height must be multiples of {step}; "
-        f"nearest: {near}"
-    )
-
-
-def load_adapters(
-    request: GenerateRequest, lora_dirs: Sequence[str | Path] = (), lora_files: Mapping[str, Path] = MappingProxyType({})
-) -> list[Adapter]:
-    """Find and read the LoRAs of a request."""
-    if not request.loras:
-        return []
-    from studio.lora.files import load_lora
-    from studio.lora.library import find_lora
-
-    files = [lora_files.get(ref.name) or find_lora(ref.name, lora_dirs) for ref in request.loras]
-    return [
-        Adapter(name=ref.name, lora=load_lora(file), weight=ref.weight) for ref, file in zip(request.loras, files, strict=True)
-    ]
-
-
-def missing_triggers(request: GenerateRequest, adapters: list[Adapter]) -> list[str]:
-    """A note for each LoRA whose trigger the prompt lacks. The prompt is never changed silently."""
-    words = f" {' '.join(parse(request.prompt).plain.lower().replace(',', ' ').replace('.', ' ').split())} "
-    return [
-        f"the prompt lacks the trigger '{adapter.lora.trigger}' of LoRA '{adapter.name}': "
-        "add it to see what the LoRA was taught"
-        for adapter in adapters
-        if adapter.weight != 0 and adapter.lora.trigger and f" {' '.join(adapter.lora.trigger.lower().split())} " not in words
-    ]
-
-
-def missing_embeddings(request: GenerateRequest, embeddings: list[Embedding]) -> list[str]:
-    """A note for each embedding that no prompt calls."""
-    called = learnt(embeddings, request.prompt) | learnt(embeddings, request.negative)
-    return [
-        f"no prompt calls the embedding '{embedding.name}': write '{embedding.calls[-1]}' where it should act"
-        for embedding in embeddings
-        if embedding.name not in called
-    ]
-
-
-def _sample(
-    base: Base,
-    bank: LoraBank,
-    request: GenerateRequest,
-    sampling: Sampling,
-    seeds: list[int],
-    reading: Reading,
-    notes: list[str],
-    watch: Watch,
-) -> list[Image]:
+def _sample(work: _Work, notes: list[str]) -> list[Image]:
     """Denoise and decode in rounds of the family's batch; smaller ones when memory runs out. ``notes`` are added to."""
+    base, request, sampling, seeds, watch = work.base, work.request, work.sampling, work.seeds, work.watch
     halves = 2 if sampling.guidance > 1 else 1
     size = sampling.size
     room = min(base.family.batch, len(seeds))
@@ -212,7 +185,7 @@ def _sample(
     said: list[str] = []
 
     def encoded(rows: int) -> tuple[Encoded, Encoded]:
-        negative, positive = encode_pair(base, [request.prompt], [request.negative], reading)
+        negative, positive = encode_pair(base, [request.prompt], [request.negative], work.reading)
         return negative.rows([0] * rows), positive.rows([0] * rows)
 
     with Bar("denoising", sampling.steps * len(seeds), watch.progress) as bar:
@@ -236,11 +209,15 @@ def _sample(
                     guidance=sampling.guidance,
                     scheduler=sampling.scheduler,
                     method=method_named(request.method, **request.options),
-                    bank=bank,
+                    bank=work.bank,
+                    start=work.start,
                     encode=partial(encoded, len(now)),
+                    wording=Wording(prompt=request.prompt, negative=request.negative, reading=work.reading),
                     on_step=stepped,
                     cancelled=watch.cancelled,
                     notes=said,
+                    regions=request.regions,
+                    figures=None if images else work.figures,
                 )
                 images += decode_within(base, latents, said)
             except (RuntimeError, MemoryError) as error:
@@ -250,5 +227,7 @@ def _sample(
                     raise out_of_memory(base, size, halves) from error
                 room = len(now) // 2
                 said = [f"memory was short: the pictures were made {room} at a time"]
+                if work.figures is not None and not images:
+                    work.figures.clear()
     notes += dict.fromkeys(said)
     return images

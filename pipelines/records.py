@@ -11,7 +11,7 @@ import torch
 
 import studio
 from compose.schedulers import sampler_named
-from studio.hashes import MODEL_DIGITS, auto_v3
+from studio.hashes import MODEL_DIGITS, auto_v3, sha256_of
 from studio.infotext import write
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class Made:
         }
         if base.vae_sha256:
             record["vae"] = {"name": base.vae_name, "sha256": base.vae_sha256}
+        pictures = self.request.pictures
+        if pictures:
+            digests = sha256_of([path.expanduser() for path in pictures])
+            record["pictures"] = [{"name": str(p), "sha256": d} for p, d in zip(pictures, digests, strict=True)]
         if self.embeddings:
             record["embeddings"] = [{"name": e.name, "sha256": e.sha256} for e in self.embeddings]
         return record
@@ -74,6 +78,10 @@ class Made:
             settings |= {"VAE hash": base.vae_sha256[:MODEL_DIGITS], "VAE": base.vae_name}
         if request.clip_skip > 1:
             settings["Clip skip"] = request.clip_skip
+        if request.strength is not None:
+            settings["Denoising strength"] = f"{request.strength:g}"
+        if request.method != "merge":
+            settings["Method"] = request.method
         settings["Version"] = f"studio {studio.__version__}"
         loras = [(Path(a.name).stem, a.weight, digest) for a, digest in zip(self.adapters, short, strict=True)]
         embeddings = [(e.name, e.sha256[:12]) for e in self.embeddings]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 EMBEDDED = "embedded"
+PARTS = ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
 WEIGHTED = ("unet", "text_encoder", "text_encoder_2", "vae")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -44,9 +45,9 @@ PATH_VARIABLE = "STUDIO_MODEL_PATH"
 class Base:
     """A loaded base model: stock diffusers and transformers objects, in evaluation mode, without gradients.
 
-    ``sha256`` identifies the weights: that of a single file, or :func:`weights_sha256` of a folder. ``source`` is the file or
-    folder. ``vae_name`` and ``vae_sha256`` are filled in when the VAE is another than the base's own. ``text_encoder_2`` and
-    ``tokenizer_2`` exist for SDXL only. The VAE stays in single precision: half precision overflows in many of them.
+    ``sha256`` identifies the weights, see :func:`base_sha256`. ``source`` is the file or folder. ``vae_name`` and
+    ``vae_sha256`` are filled in when the VAE is another than the base's own. ``text_encoder_2`` and ``tokenizer_2`` exist for
+    SDXL only. The VAE stays in single precision: half precision overflows in many of them.
     """
 
     tokenizer: CLIPTokenizer
@@ -129,7 +130,8 @@ def load_base(
     else:
         checkpoint, facts = None, read_json(source / "studio.json") if (source / "studio.json").is_file() else {}
         title = str(facts.get("name") or (source.name if Path(name).exists() else name))
-        family = detect(read_json(source / "unet" / "config.json"), title, facts.get("family"))
+        told = facts.get("family")
+        family = detect(read_json(source / "unet" / "config.json"), title, None if told is None else str(told))
     other = None if vae is None else locate_vae(vae)
     placement = place(family, lambda: _numbers(source), device, dtype, memory)
     key = (source, other, placement)
@@ -141,7 +143,7 @@ def load_base(
         if parts["vae"] is None:
             raise FileError(f"{source.name} holds no VAE: give one with --vae")
         _check_vae(parts["vae"], int(parts["unet"].config.in_channels), str(vae or name))
-        digest = sha256_of([source])[0] if checkpoint else str(facts.get("sha256") or weights_sha256(source))
+        digest = base_sha256(source)
         marks = {"vae_name": other.stem if other.is_file() else other.name, "vae_sha256": _any_sha256(other)} if other else {}
         base = Base(**parts, **marks, family=family, name=title, sha256=digest, source=source, placement=placement)
         _LOADED[key] = _placed(base)
@@ -171,7 +173,7 @@ def locate(name: str) -> Path:
     if HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
         wanted = ["*.json", "*/*.json", "tokenizer*/*", *(f"{part}/*.safetensors" for part in WEIGHTED)]
         return _checked_folder(_from_hub(name, "base", wanted))
-    beside = [entry.name for entry in Path.cwd().iterdir() if (entry / "model_index.json").is_file()]
+    beside = [entry.name for entry in Path.cwd().iterdir() if os.path.isfile(entry / "model_index.json")]
     raise UnknownNameError(
         "base", name, [EMBEDDED, *known, *beside], hint="(or give a checkpoint, a diffusers folder or a hub id like owner/name)"
     )
@@ -185,9 +187,14 @@ def known_bases() -> dict[str, Path]:
         for file in sorted(root.rglob("*")) if folder and root.is_dir() else ():
             if file.name == "model_index.json":
                 found.setdefault(file.parent.name, file.parent)
-            elif file.suffix == ".safetensors" and not any((up / "model_index.json").is_file() for up in file.parents):
+            elif file.suffix == ".safetensors" and os.path.isfile(file) and not _within_folder(file):
                 found.setdefault(file.stem, file)
     return found
+
+
+def _within_folder(file: Path) -> bool:
+    """Whether ``file`` is a part of a diffusers folder."""
+    return any(os.path.isfile(up / "model_index.json") for up in file.parents)
 
 
 def locate_vae(name: str) -> Path:
@@ -208,6 +215,9 @@ def locate_vae(name: str) -> Path:
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "unet" / "config.json").is_file():
         raise FileError(f"{folder} is not a diffusers text-to-image folder: it has no unet/config.json")
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise FileError(f"{folder} is no whole base: it has no folder {' and no '.join(missing)}")
     for part in WEIGHTED:
         inside = folder / part
         if inside.is_dir() and not list(inside.glob("*.safetensors")):
@@ -258,25 +268,37 @@ def read_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     def weights(cls: Any, part: str, precision: torch.dtype) -> Any:
-        return cls.from_pretrained(folder / part, use_safetensors=True, dtype=precision).to(device)
+        found = cls.from_pretrained(folder / part, use_safetensors=True, dtype=precision, local_files_only=True)
+        return found.to(device)
 
-    try:
+    for part in (part for part in WEIGHTED if (folder / part).is_dir()):
+        read_json(folder / part / "config.json")  # where one cannot be read, the libraries ask the hub for it
+    read_json(folder / "scheduler" / "scheduler_config.json")
+    with _one_sentence(f"the base in {folder}"):
         parts = {
-            "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
             "text_encoder": weights(CLIPTextModel, "text_encoder", dtype),
             "unet": weights(UNet2DConditionModel, "unet", dtype),
             "vae": weights(AutoencoderKL, "vae", torch.float32),
             # Whatever class was saved, its configuration describes the noise schedule; the request picks the sampler.
-            "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
+            "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
         }
         if (folder / "text_encoder_2").is_dir():
             parts["text_encoder_2"] = weights(CLIPTextModelWithProjection, "text_encoder_2", dtype)
-            parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+            parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
         return parts
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise FileError(f"cannot load the base in {folder}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """The libraries raise whatever a damaged file provokes, from KeyError to errors of their own; here it is one FileError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileError(f"cannot load {what}: {told}") from error
 
 
 def _other_vae(place: Path, family: Family) -> AutoencoderKL:
@@ -286,10 +308,8 @@ def _other_vae(place: Path, family: Family) -> AutoencoderKL:
         if family.name not in ("sd15", "sdxl"):
             raise RequestError(f"a base of the family '{family.name}' takes another VAE only as a diffusers folder")
         return read_vae(place, family.name)
-    try:
-        return AutoencoderKL.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(f"cannot load the VAE in {place}: {str(error).splitlines()[0]}") from error
+    with _one_sentence(f"the VAE in {place}"):
+        return AutoencoderKL.from_pretrained(place, use_safetensors=True, dtype=torch.float32, local_files_only=True)
 
 
 def _check_vae(vae: AutoencoderKL, channels: int, name: str) -> None:
@@ -339,6 +359,14 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def base_sha256(source: Path) -> str:
+    """By what a base is known: the hash of a single file; of a folder what its ``studio.json`` says, else its weights' hash."""
+    if source.is_file():
+        return sha256_of([source])[0]
+    told = source / "studio.json"
+    return str((read_json(told) if told.is_file() else {}).get("sha256") or weights_sha256(source))
 
 
 def weights_sha256(folder: Path) -> str:

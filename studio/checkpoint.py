@@ -155,16 +155,23 @@ def identify(path: Path) -> Checkpoint:
         raise UnknownFormatError(
             f"{path.name} {_other(names) or 'holds no text encoder: only checkpoints with all their parts can be used'}"
         )
-    channels = names[_FIRST_CONVOLUTION].shape[1]
+    shape = names[_FIRST_CONVOLUTION].shape
+    channels = shape[1] if len(shape) == 4 else 0
     if channels != 4:
         kind = {9: "an inpainting model", 8: "an image-editing model"}.get(channels, "no text-to-image model")
         raise UnknownFormatError(f"{path.name} is {kind} (its UNet takes {channels} channels): use a text-to-image checkpoint")
-    odd = next((name for name, info in names.items() if name.startswith(UNET) and info.dtype not in FLOATS), None)
+    used = (UNET, VAE, *TEXT[family].values())
+    odd = next((name for name, info in names.items() if name.startswith(used) and _is_quantised(name, info.dtype)), None)
     if odd is not None:
         raise UnknownFormatError(
             f"{path.name} is quantised ('{odd[:80]}' holds {names[odd].dtype} numbers): use a file in half or single precision"
         )
     return Checkpoint(path, family, header)
+
+
+def _is_quantised(name: str, dtype: str) -> bool:
+    """Whole numbers where weights should be, or a scale beside weights that were divided by it."""
+    return name.endswith((".scale_weight", ".weight_scale")) or (name.endswith("weight") and dtype not in FLOATS)
 
 
 def read_vae(path: Path, family: str) -> Any:

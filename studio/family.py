@@ -22,6 +22,8 @@ class Family:
         size: default picture size (width, height) in pixels.
         steps, guidance, scheduler: defaults of a request.
         batch: pictures denoised side by side; more are made in several rounds.
+        map_layers: the cross-attention layers whose maps say where a word is, as name patterns: those whose cells are a
+            good deal smaller than an object, without being so fine that they follow edges.
         half: whether half precision is used on a GPU. The embedded model is too small to gain from it.
     """
 
@@ -33,6 +35,7 @@ class Family:
     scheduler: str
     batch: int
     half: bool
+    map_layers: tuple[str, ...]
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -47,6 +50,7 @@ FAMILIES: Mapping[str, Family] = {
             scheduler="dpmpp_2m",
             batch=16,
             half=False,
+            map_layers=("down_blocks.1.*", "up_blocks.1.*"),  # 8 x 8 cells
         ),
         Family(
             name="sd15",
@@ -57,6 +61,7 @@ FAMILIES: Mapping[str, Family] = {
             scheduler="dpmpp_2m",
             batch=4,
             half=True,
+            map_layers=("down_blocks.2.*", "up_blocks.1.*"),  # 16 x 16 cells at 512 x 512
         ),
         Family(
             name="sdxl",
@@ -67,6 +72,7 @@ FAMILIES: Mapping[str, Family] = {
             scheduler="dpmpp_2m",
             batch=2,
             half=True,
+            map_layers=("down_blocks.2.*", "mid_block.*", "up_blocks.0.*"),  # 32 x 32 cells at 1024 x 1024
         ),
     )
 }
@@ -90,7 +96,8 @@ def detect(unet: Mapping[str, Any], where: str, told: str | None = None) -> Fami
             raise RequestError(f"base '{where}' names the family '{told}', but this version knows only {', '.join(FAMILIES)}")
         return FAMILIES[told]
     width = unet.get("cross_attention_dim")
-    blocks = tuple(unet.get("block_out_channels", ()))
+    told_blocks = unet.get("block_out_channels", ())
+    blocks = tuple(told_blocks) if isinstance(told_blocks, list | tuple) else ()
     if unet.get("addition_embed_type") == "text_time":
         return FAMILIES["sdxl"]
     if blocks == EMBEDDED_BLOCKS:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 NEGATIVE = "Negative prompt:"
-_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# Names are bounded, so that a long text without any takes no long time.
+_SETTING = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_HASH = re.compile(r"([^,:]{1,200}):\s*([0-9a-fA-F]{8,64})\b")
 _FEWEST = 3
 """A last line with fewer settings is prompt, as A1111 decides too."""
 
@@ -61,7 +63,7 @@ def parse(text: str) -> Infotext:
 
 def hashes(value: str) -> dict[str, str]:
     """``name: hash, other: hash`` as a table."""
-    return {name.strip(): digest.lower() for name, digest in re.findall(r"([^,:][^:]*):\s*([0-9a-fA-F]{8,64})\b,?", value)}
+    return {name.strip(): digest.lower() for name, digest in _HASH.findall(value)}
 
 
 def _quoted(value: str) -> str:

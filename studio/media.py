@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
@@ -62,6 +62,21 @@ def encode(vae: AutoencoderKL, images: Sequence[Image.Image]) -> Tensor:
     pixels = images_to_media(images)[:, 0].to(vae.device, vae.dtype) * 2 - 1
     means = torch.cat([vae.encode(item[None]).latent_dist.mode() for item in pixels])
     return means * vae.config.scaling_factor
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file as people see it: turned upright as its camera noted, on white where it is transparent, RGB.
+
+    Raises:
+        FileError: no picture, or one too large to open safely.
+    """
+    try:
+        with Image.open(path.expanduser()) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise FileError(f"cannot read the picture {path}: {getattr(error, 'strerror', None) or error}") from error
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def save_png(path: Path, image: Image.Image, request: Mapping[str, Any], parameters: str) -> None:

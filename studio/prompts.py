@@ -11,6 +11,7 @@ Every text is a prompt: a bracket that is never closed acts to the end, one that
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from studio.errors import RequestError
 
 STEP = 1.1
 MAX_WEIGHT = 100.0
+MAX_DEPTH = 200
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _TOKEN = re.compile(
@@ -26,7 +28,8 @@ _TOKEN = re.compile(
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]+)>", re.IGNORECASE)
 _SPECIAL = re.compile(r"[()\[\]\\]")
-_SCHEDULED = re.compile(rf"\[(?:[^\[\]]*:)?[^\[\]:]*:\s*{_NUMBER}\s*\]|\[[^\[\]]*\|[^\[\]]*\]")
+_INNERMOST = re.compile(r"\[([^\[\]]*)\]")
+_NUMBER_ALONE = re.compile(rf"\s*{_NUMBER}\s*")
 _AND = re.compile(r"\bAND\b")
 
 
@@ -62,8 +65,10 @@ def parse(text: str) -> Prompt:
     """Take ``text`` apart.
 
     Raises:
-        RequestError: a weight over 100 in size; its effect could only be noise.
+        RequestError: a weight over 100 in size, whose effect could only be noise; too many open brackets; no text.
     """
+    if not _is_text(text):
+        raise RequestError("the prompt holds bytes that are no text: write it in UTF-8")
     runs: list[tuple[str, float] | None] = []  # None is a BREAK
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -83,6 +88,8 @@ def parse(text: str) -> Prompt:
             close("(", float(match.group(4)))
         elif token in opened:
             opened[token].append(len(runs))
+            if len(opened[token]) > MAX_DEPTH:
+                raise RequestError(f"the prompt opens more than {MAX_DEPTH} brackets '{token}' without closing them")
         elif token == ")" and opened["("]:
             close("(", STEP)
         elif token == "]" and opened["["]:
@@ -94,6 +101,15 @@ def parse(text: str) -> Prompt:
         while opened[kind]:
             close(kind, factor)
     return Prompt(_sections(runs))
+
+
+def _is_text(text: str) -> bool:
+    """Whether ``text`` holds whole characters: a command line's wrong bytes and JSON's half ones arrive as surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sections(runs: list[tuple[str, float] | None]) -> tuple[tuple[Piece, ...], ...]:
@@ -149,6 +165,8 @@ def _read_tag(kind: str, inside: str, whole: str) -> LoraTag:
         numbers = {float(number) for number in given} or {1.0}
     except ValueError:
         raise RequestError(f"{whole} in the prompt is not <lora:NAME:WEIGHT>: '{':'.join(given)}' is no number") from None
+    if not all(math.isfinite(number) for number in numbers):
+        raise RequestError(f"{whole} in the prompt is not <lora:NAME:WEIGHT>: the weight must be a finite number")
     if len(numbers) > 1:
         raise RequestError(f"{whole} asks for two weights, but a LoRA acts on text encoder and UNet with one: write one")
     return LoraTag(name, numbers.pop())
@@ -158,9 +176,16 @@ def not_followed(text: str) -> list[str]:
     """Notes on notations of other programs that are read here as ordinary words and brackets."""
     bare = re.sub(r"\\.", "  ", text)
     notes = [
-        f"'{match.group()}' changes with the step in other programs; here it is read as words in square brackets"
-        for match in _SCHEDULED.finditer(bare)
+        f"'{match.group()[:80]}' changes with the step in other programs; here it is read as words in square brackets"
+        for match in _INNERMOST.finditer(bare)
+        if _is_scheduled(match.group(1))
     ]
     if _AND.search(bare):
         notes.append("'AND' joins whole prompts in other programs; here it is read as a word")
     return notes
+
+
+def _is_scheduled(inside: str) -> bool:
+    """Whether ``[inside]`` is ``[from:to:when]``, ``[to:when]`` or ``[one|other]``."""
+    _, colon, when = inside.rpartition(":")
+    return "|" in inside or (colon != "" and _NUMBER_ALONE.fullmatch(when) is not None)

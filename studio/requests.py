@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -71,12 +72,82 @@ class LoraRef(Request):
     def parse(cls, text: str) -> LoraRef:
         """``NAME_OR_FILE[:WEIGHT]``; a colon that no number follows belongs to the name."""
         name, colon, tail = text.rpartition(":")
-        if colon and name:
-            try:
-                return cls.of(name=name, weight=float(tail))
-            except ValueError:
-                pass
-        return cls.of(name=text)
+        try:
+            weight = float(tail) if colon and name else None
+        except ValueError:
+            weight = None
+        if weight is None:
+            return cls.of(name=text)
+        if not math.isfinite(weight):
+            raise RequestError(f"LoRA '{name}' has the weight {tail}: give a finite number, such as 0.8")
+        return cls.of(name=name, weight=weight)
+
+
+class Region(Request):
+    """A part of the picture and the LoRAs that act there.
+
+    Args:
+        loras: names of LoRAs of the request. The weight multiplies the one the request gives.
+        box: ``(x0, y0, x1, y1)`` as shares of width and height, 0..1, from the top left corner; or
+        mask: a picture file, white where the region is.
+        prompt: what to draw there; None: the LoRAs' own trigger and class, with the words of style LoRAs.
+    """
+
+    loras: tuple[LoraRef, ...] = Field(min_length=1)
+    box: tuple[Finite, Finite, Finite, Finite] | None = None
+    mask: Path | None = None
+    prompt: str | None = None
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _lora_forms(cls, value: object) -> object:
+        return _lora_forms(value)
+
+    @field_validator("box")
+    @classmethod
+    def _inside(cls, box: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
+        if box is not None and not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise ValueError("must be x0,y0,x1,y1 with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, for example 0,0,0.5,1")
+        return box
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.box is None) == (self.mask is None):
+            raise ValueError("a region has either a box or a mask")
+        _once(self.loras, "of a region ")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where it is, as it is written."""
+        return str(self.mask) if self.box is None else ",".join(f"{side:g}" for side in self.box)
+
+    @classmethod
+    def parse(cls, text: str) -> Region:
+        """``NAME[:W][+NAME2[:W]]@x0,y0,x1,y1[=local prompt]``, or a picture file in place of the four numbers.
+
+        Raises:
+            RequestError: another form, or values that do not fit.
+        """
+        names, at, tail = text.partition("@")
+        place, equals, prompt = tail.partition("=")
+        loras = [part.strip() for part in names.split("+")]
+        if not at or not place.strip() or not all(loras):
+            raise RequestError(
+                f"region '{text}' is not NAME[:WEIGHT][+NAME...]@x0,y0,x1,y1[=prompt], for example cat-face@0,0,0.5,1"
+            )
+        told: dict[str, object] = {"loras": loras, "prompt": prompt.strip() or None if equals else None}
+        sides = place.split(",")
+        try:
+            told["box"] = tuple(float(side) for side in sides)
+        except ValueError:
+            told["mask"] = place.strip()
+        if len(sides) not in ((4,) if "box" in told else (1,)):
+            raise RequestError(f"region '{text}': '{place}' is not four numbers x0,y0,x1,y1 between 0 and 1")
+        try:
+            return cls.of(**told)
+        except RequestError as error:
+            raise RequestError(f"region '{text}': {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +167,11 @@ class GenerateRequest(Request):
     ``None`` for steps, guidance, size or scheduler means the default of the base's family (:meth:`sampling`), for the seed a
     random one, for the VAE the base's own. ``clip_skip`` counts as A1111 does: 1 reads the text encoder's last layer.
     ``embeddings`` are files of textual inversion; prompts call them by name. ``method`` says how several LoRAs act together,
-    ``options`` are its own settings (:data:`compose.METHODS`).
+    ``options`` are its own settings (:data:`compose.METHODS`), ``regions`` say where, for methods that ask.
+
+    Args:
+        triggers: when the prompt lacks the trigger of a LoRA: "add" it at the end, "require" it, or "keep" the prompt as it is.
+        init_image: a picture to begin at. strength: how much of it may change, over 0 and up to 1; None: 0.6.
     """
 
     kind: Literal["generate"] = "generate"
@@ -116,15 +191,24 @@ class GenerateRequest(Request):
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     method: str = "merge"
     options: Mapping[str, JsonValue] = Field(default_factory=dict)
+    regions: tuple[Region, ...] = ()
+    triggers: Literal["add", "require", "keep"] = "add"
+    init_image: Path | None = None
+    strength: Annotated[Finite, Field(gt=0, le=1)] | None = None
 
     @field_validator("loras", mode="before")
     @classmethod
     def _lora_forms(cls, value: object) -> object:
-        """LoRAs may also be written ``"name:0.8"`` or ``("name", 0.8)``."""
-        if isinstance(value, str | LoraRef):
+        return _lora_forms(value)
+
+    @field_validator("regions", mode="before")
+    @classmethod
+    def _region_forms(cls, value: object) -> object:
+        """Regions may also be written as text, see :meth:`Region.parse`."""
+        if isinstance(value, str | Region):
             value = (value,)
         if isinstance(value, Sequence):
-            return tuple(_lora_form(item) for item in value)
+            return tuple(Region.parse(item) if isinstance(item, str) else item for item in value)
         return value
 
     @field_validator("embeddings", mode="before")
@@ -151,12 +235,20 @@ class GenerateRequest(Request):
 
     @model_validator(mode="after")
     def _no_lora_twice(self) -> Self:
-        seen: set[str] = set()
-        for lora in self.loras:
-            if lora.name in seen:
-                raise ValueError(f"LoRA '{lora.name}' is named twice: name it once, with the weight you want")
-            seen.add(lora.name)
+        _once(self.loras)
         return self
+
+    @model_validator(mode="after")
+    def _strength_of_a_picture(self) -> Self:
+        if self.strength is not None and self.init_image is None:
+            raise ValueError(f"strength {self.strength:g} is given without a picture to begin at: add init_image")
+        return self
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """Every picture file it names: the one to begin at, and masks of regions."""
+        masks = (region.mask for region in self.regions)
+        return tuple(dict.fromkeys(path for path in (self.init_image, *masks) if path is not None))
 
     def sampling(self, family: Family, seed: int) -> Sampling:
         """What the request leaves open filled in: the family's defaults, and ``seed``."""
@@ -167,6 +259,23 @@ class GenerateRequest(Request):
             scheduler=self.scheduler or family.scheduler,
             seed=self.seed if self.seed is not None else seed,
         )
+
+
+def _lora_forms(value: object) -> object:
+    """LoRAs may also be written ``"name:0.8"`` or ``("name", 0.8)``."""
+    if isinstance(value, str | LoraRef):
+        value = (value,)
+    if isinstance(value, Sequence):
+        return tuple(_lora_form(item) for item in value)
+    return value
+
+
+def _once(loras: Sequence[LoraRef], whose: str = "") -> None:
+    seen: set[str] = set()
+    for lora in loras:
+        if lora.name in seen:
+            raise ValueError(f"LoRA '{lora.name}' {whose}is named twice: name it once, with the weight you want")
+        seen.add(lora.name)
 
 
 def _lora_form(item: object) -> object:

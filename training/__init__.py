@@ -8,17 +8,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from training.concept import TrainResult, train_concept
     from training.config import ConceptConfig, load_config, make_config
+    from training.many import Outcome, configs_of, train_many
     from training.plan import Description, describe
 
-__all__ = ["ConceptConfig", "Description", "TrainResult", "describe", "load_config", "make_config", "train_concept"]
+__all__ = [
+    "ConceptConfig",
+    "Description",
+    "Outcome",
+    "TrainResult",
+    "configs_of",
+    "describe",
+    "load_config",
+    "make_config",
+    "train_concept",
+    "train_many",
+]
 _HOMES = {
     "ConceptConfig": "config",
     "Description": "plan",
+    "Outcome": "many",
     "TrainResult": "concept",
+    "configs_of": "many",
     "describe": "plan",
     "load_config": "config",
     "make_config": "config",
     "train_concept": "concept",
+    "train_many": "many",
 }
 
 

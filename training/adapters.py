@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from compose.layerwise import reading_layers
 from studio.errors import NumericsError, RequestError
 from studio.lora.model import LoraDelta
 from training.config import SECTIONS, ConceptConfig
+from training.words import ENCODERS, LearntWord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,9 +77,13 @@ def chosen_layers(base: Base, config: ConceptConfig) -> dict[str, list[str]]:
         RequestError: nothing selected, or a rank no selected layer can use.
     """
     models = base.models()
-    chosen = {"unet": target_names(models["unet"], config.targets, config.block_rates)}
-    if config.train_text == "lora":
+    chosen: dict[str, list[str]] = {}
+    if config.train_unet:
+        chosen["unet"] = target_names(models["unet"], config.targets, config.block_rates)
+    if config.text_lora:
         chosen |= {key: text_names(model, config.targets) for key, model in models.items() if key != "unet"}
+    if not chosen:
+        return chosen
     widest = max(_useful_rank(models[key].get_submodule(name)) for key, names in chosen.items() for name in names)
     if config.rank > widest:
         raise RequestError(f"rank {config.rank} is more than any chosen layer of '{base.name}' can use: give at most {widest}")
@@ -91,18 +97,21 @@ def _useful_rank(module: nn.Module) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
-    """The LoRA layers in training, by ``unet.<path>`` or ``text_encoder.<path>``."""
+    """What is in training: LoRA layers by ``unet.<path>`` or ``text_encoder.<path>``, and the learnt word if there is one."""
 
     models: Mapping[str, nn.Module]
     layers: Mapping[str, LoraLayer]
     alpha: float
+    word: LearntWord | None = None
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """All trained parameters by ``<layer>.down`` and ``<layer>.up``."""
+        """All trained parameters by ``<layer>.down`` and ``<layer>.up``, and ``word.<text encoder>``."""
         found: dict[str, nn.Parameter] = {}
         for key, layer in self.layers.items():
             found[f"{key}.down"] = layer.lora_A[NAME].weight
             found[f"{key}.up"] = layer.lora_B[NAME].weight
+        if self.word is not None:
+            found |= {f"word.{encoder}": rows for encoder, rows in self.word.vectors.items()}
         return found
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -113,13 +122,24 @@ class Adapters:
 
     def groups(self, config: ConceptConfig) -> list[dict[str, Any]]:
         """Optimiser groups, one per learning rate, in a fixed order; ``initial_lr`` is what a schedule scales."""
-        text_rate = config.learning_rate / 2 if config.text_learning_rate is None else config.text_learning_rate
         groups: dict[float, list[nn.Parameter]] = {}
         for key, parameter in self.weights().items():
-            model, name = key.split(".", 1)
-            rate = config.learning_rate * rate_factor(name, config.block_rates) if model == "unet" else text_rate
-            groups.setdefault(rate, []).append(parameter)
+            groups.setdefault(self._rate(key, config), []).append(parameter)
         return [{"params": params, "lr": rate, "initial_lr": rate} for rate, params in groups.items()]
+
+    def _rate(self, key: str, config: ConceptConfig) -> float:
+        model, name = key.split(".", 1)
+        if model == "unet":
+            return config.learning_rate * rate_factor(name, config.block_rates)
+        if config.optimizer == "prodigy":  # takes one rate only, and finds the real one
+            return config.learning_rate
+        if model == "word" and self.word is not None:
+            return config.token_learning_rate or self.word.rates[name]
+        return config.learning_rate / 2 if config.text_learning_rate is None else config.text_learning_rate
+
+    def held(self) -> AbstractContextManager[None]:
+        """Around an optimiser step: what has learnt enough stays as it is."""
+        return nullcontext() if self.word is None else self.word.held()
 
     def deltas(self) -> dict[str, LoraDelta]:
         """The learnt deltas, copied to the CPU in single precision.
@@ -154,22 +174,29 @@ def attached(base: Base, config: ConceptConfig) -> Iterator[Adapters]:
     from peft import LoraConfig, inject_adapter_in_model
 
     chosen = chosen_layers(base, config)
-    models = {key: base.models()[key] for key in chosen}
+    touched = {*chosen, *(("unet", *ENCODERS) if config.words else ())}
+    models = {key: model for key, model in base.models().items() if key in touched}
     layers: dict[str, LoraLayer] = {}
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(_unchanged(model))
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            for key, model in models.items():
-                pattern = "|".join(re.escape(name) for name in chosen[key])
+            for key, names in chosen.items():
+                pattern = "|".join(re.escape(name) for name in names)
                 inject_adapter_in_model(
-                    LoraConfig(r=config.rank, lora_alpha=config.strength, target_modules=pattern), model, NAME
+                    LoraConfig(r=config.rank, lora_alpha=config.strength, target_modules=pattern), models[key], NAME
                 )
-                for name in chosen[key]:
-                    layer: Any = model.get_submodule(name)
+                for name in names:
+                    layer: Any = models[key].get_submodule(name)
                     layers[f"{key}.{name}"] = layer
-        adapters = Adapters(models, layers, config.strength)
+        for model in models.values() if config.words else ():
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
+        word = LearntWord.of(base, config) if config.words else None
+        if word is not None and config.layerwise:
+            stack.enter_context(reading_layers(base.unet))
+        adapters = Adapters(models, layers, config.strength, word)
         for parameter in adapters.weights().values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studio.errors import CancelledError, FileError, NumericsError, OutOfMemoryError, RequestError, StudioError
+from studio.errors import CancelledError, FileError, NumericsError, OutOfMemoryError, StudioError
+from training.accelerators import accelerator_for, out_of_memory, smaller
 from training.config import ConceptConfig
+from training.journal import journal
 from training.plan import Plan, prepare
 from training.progress import Progress, Report, reporting
 
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Preview = Callable[[int, "Lora"], Any]
-"""Called with the step and the LoRA so far, while the base is free of training layers; returned pictures go to TensorBoard."""
+"""Called with the step and the LoRA so far, while the base is free of training layers; returned pictures are kept as files,
+and go to TensorBoard. ``pipelines.preview.previewer`` makes one that draws as ``generate`` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,56 +63,14 @@ def train_concept(
         StudioError: one sentence; bad input is found before any training.
         CancelledError: stopped by the user after saving a checkpoint.
     """
-    with _accelerator(config) as accelerator:
+    with accelerator_for(config) as accelerator:
         plan = prepare(config, base, accelerator.device, accelerator.num_processes)
         try:
             return _Run(plan, accelerator, preview).train(progress)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
-            raise OutOfMemoryError(_smaller(config)) from None
-
-
-@contextmanager
-def _accelerator(config: ConceptConfig) -> Iterator[Accelerator]:
-    """A fresh accelerator; its process-wide state is cleared afterwards, or the next run could not choose another precision."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise RequestError("precision 'fp16' needs a CUDA device: use 'fp32', or 'bf16'")
-    AcceleratorState._reset_state()
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=config.train_text != "none")
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        kwargs_handlers=[kwargs],
-    )
-    try:
-        yield accelerator
-    finally:
-        accelerator.free_memory()
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _smaller(config: ConceptConfig) -> str:
-    advice = []
-    if config.batch > 1:
-        advice.append(f"batch {config.batch // 2} with accumulation {config.accumulation * 2}")
-    if not config.gradient_checkpointing:
-        advice.append("gradient_checkpointing true")
-    if config.precision == "fp32":
-        advice.append("precision bf16")
-    return f"out of memory with batch {config.batch}: try {', '.join(advice) or 'a smaller resolution'}"
+            raise OutOfMemoryError(smaller(config)) from None
 
 
 @dataclass(eq=False)
@@ -125,7 +86,7 @@ class _Run:
     notes: list[str] = field(default_factory=list)
     adapters: Any = None
     optimizer: Any = None
-    writer: Any = None
+    journal: Any = None
 
     @property
     def config(self) -> ConceptConfig:
@@ -141,10 +102,13 @@ class _Run:
         self.notes = list(self.plan.notes)
         for note in self.notes if self.main else ():
             log.info(note)
+        if self.config.restart and self.main:
+            shutil.rmtree(self.config.work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         with (
             attached(self.plan.base, self.config) as adapters,
             _checkpointing(self.plan.base, self.config),
-            self._tensorboard(),
+            journal(self.config, self.main, self._note) as self.journal,
         ):
             self.adapters = adapters
             self._set_up()
@@ -191,14 +155,11 @@ class _Run:
                 keep=config.cache_latents,
             )
         self.prompts = [self.captions.number(text) for text in plan.prior_captions] if config.prior == "consistency" else []
-        if config.train_text == "none":
+        if config.train_text == "none" or self.prompts:
             self.captions.warm()  # before autocast, whatever the precision
         device = self.accelerator.device
         objective = Objective(plan.base, self.adapters, self.captions, config, device)
         optimizer = make_optimizer(config, self.adapters.groups(config))
-        if config.restart and self.main:
-            shutil.rmtree(config.work, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         found = find(config.work)
         if found:
             state = load(found, self._identity())
@@ -214,35 +175,37 @@ class _Run:
         smooth: float | None = None
         try:
             while self.step < self.plan.steps:
-                loss = self._one_step()
+                losses = self._one_step()
+                loss = losses["loss"]
                 self.step += 1
                 self.losses.append(loss)
                 self.seconds = before + time.monotonic() - started
                 smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
                 left = (self.plan.steps - self.step) * (self.seconds - before) / (self.step - first)
-                self._after_step(loss)
+                self._after_step(losses)
                 show(Progress(self.step, self.plan.steps, smooth, left))
         except (KeyboardInterrupt, CancelledError):
-            kept = self.main and self._checkpoint()
-            again = "run it again to go on" if kept else "nothing was kept"
-            raise CancelledError(f"stopped at step {self.step} of {self.plan.steps}: {again}") from None
+            if self.main:
+                self._checkpoint()
+            raise CancelledError(f"stopped at step {self.step} of {self.plan.steps}: {self._again()}") from None
 
-    def _one_step(self) -> float:
-        """One optimiser step; the loss over all its rows, of all processes."""
+    def _one_step(self) -> dict[str, float]:
+        """One optimiser step; the denoising ``loss`` and the ``prior``'s over all its rows, of all processes."""
         import torch
 
         from training.optim import rate_share, set_rate
 
         config, accelerator = self.config, self.accelerator
-        total = torch.zeros((), device=accelerator.device)
+        total = torch.zeros(2, device=accelerator.device)
         for part in range(config.accumulation):
             index = (self.step * config.accumulation + part) * accelerator.num_processes + accelerator.process_index
             last = part == config.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.objective):
                 losses = self._losses(index)
                 accelerator.backward(losses["loss"] / config.accumulation)
-            total += losses["denoising"].detach() / config.accumulation
-        loss = float(accelerator.reduce(total, "mean"))
+            parts = [losses[name].detach() for name in ("denoising", "prior") if name in losses]
+            total[: len(parts)] += torch.stack(parts) / config.accumulation
+        loss, prior = accelerator.reduce(total, "mean").tolist()
         if loss != loss or abs(loss) == float("inf"):
             raise NumericsError(
                 f"the loss became {loss} at step {self.step + 1}: lower learning_rate (now {config.learning_rate:g})"
@@ -250,10 +213,12 @@ class _Run:
             )
         if config.clip:
             accelerator.clip_grad_norm_(list(self.adapters.weights().values()), config.clip)
-        set_rate(self.optimizer.optimizer, rate_share(self.step, self.plan.steps, config.warmup, config.schedule))
-        self.optimizer.step()
+        share = rate_share(self.step, self.plan.steps, config.warmup, config.schedule, config.cycles)
+        set_rate(self.optimizer.optimizer, share)
+        with self.adapters.held():
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
+        return {"loss": loss} | ({"prior": prior} if config.prior != "none" else {})
 
     def _losses(self, index: int) -> Any:
         import torch
@@ -267,28 +232,47 @@ class _Run:
             prompts = torch.tensor(self.prompts)[picks]
         return self.objective(self.source.batch(index), self.prior.batch(index) if self.prior else None, prompts)
 
-    def _after_step(self, loss: float) -> None:
+    def _after_step(self, losses: dict[str, float]) -> None:
         """Save first, then sample: a preview can never cost the run."""
         if not self.main:
             return
         config, last = self.config, self.step == self.plan.steps
-        if self.writer is not None:
-            self.writer.add_scalar("loss", loss, self.step)
+        self.journal.scalars(self.step, {**losses, "rate": self.optimizer.optimizer.param_groups[0]["lr"]})
         if not last and config.checkpoint_every and self.step % config.checkpoint_every == 0:
             self._checkpoint()
         if not last and config.save_every and self.step % config.save_every == 0:
-            from training.export import write
-
-            write(config.output.with_name(f"{config.output.stem}-{self.step:06d}.safetensors"), self._lora())
+            self._save_between()
         if not last and config.preview_every and self.step % config.preview_every == 0:
             self._show_preview()
+
+    def _save_between(self) -> None:
+        from training.export import write
+
+        path = self.config.output.with_name(f"{self.config.output.stem}-{self.step:06d}.safetensors")
+        try:
+            write(path, self._lora())
+        except FileError as error:  # the run may still finish
+            self._note(str(error))
+
+    def _again(self) -> str:
+        """What a run that ends early has kept."""
+        from training.state import find
+
+        found = find(self.config.work)
+        if found is None:
+            return "nothing was kept"
+        return f"run it again to go on from step {int(found.name.rpartition('-')[2])}"
 
     def _finish(self) -> None:
         from training.export import write
 
-        write(self.config.output, self._lora())
+        try:
+            write(self.config.output, self._lora())
+        except FileError as error:
+            self._checkpoint()
+            raise FileError(f"{error}: make room, then {self._again()}") from None
         self._show_preview()
-        if self.writer is None:
+        if self.journal.writer is None:
             shutil.rmtree(self.config.work, ignore_errors=True)
         else:
             for folder in self.config.work.glob("checkpoint-*"):
@@ -297,7 +281,8 @@ class _Run:
     def _lora(self) -> Lora:
         from training.export import make_lora
 
-        return make_lora(self.plan, self.adapters.deltas(), self.step)
+        word = self.adapters.word
+        return make_lora(self.plan, self.adapters.deltas(), self.step, word.learnt() if word else None)
 
     def _identity(self) -> dict[str, Any]:
         return self.plan.identity() | {"processes": self.accelerator.num_processes}
@@ -333,11 +318,7 @@ class _Run:
                 for model in models:
                     model.eval()
                 pictures = self.preview(self.step, self._lora())
-            if self.writer is not None and isinstance(pictures, list | tuple):
-                import numpy as np
-
-                for number, picture in enumerate(pictures):
-                    self.writer.add_image(f"preview/{number}", np.asarray(picture), self.step, dataformats="HWC")
+            self.journal.pictures(self.step, pictures)
         except Exception as error:  # whatever a preview does, the run goes on
             text = str(error) if isinstance(error, StudioError) else f"{type(error).__name__}: {error}"
             self._note(f"the preview at step {self.step} failed ({text})")
@@ -348,22 +329,6 @@ class _Run:
     def _note(self, text: str) -> None:
         self.notes.append(text)
         log.warning(text)
-
-    @contextmanager
-    def _tensorboard(self) -> Iterator[None]:
-        from importlib.util import find_spec
-
-        if not (self.config.tensorboard and self.main):
-            yield
-            return
-        if find_spec("tensorboard") is None:
-            self._note("tensorboard is not installed, so nothing is logged for it")
-            yield
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.config.work / "tensorboard")) as self.writer:
-            yield
 
 
 def _silent(progress: Progress) -> None:
@@ -376,8 +341,13 @@ def _checkpointing(base: Base, config: ConceptConfig) -> Iterator[None]:
     if not config.gradient_checkpointing:
         yield
         return
+    encoders: list[Any] = [m for key, m in base.models().items() if key != "unet" and config.train_text != "none"]
     base.unet.enable_gradient_checkpointing()
+    for encoder in encoders:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
         base.unet.disable_gradient_checkpointing()
+        for encoder in encoders:
+            encoder.gradient_checkpointing_disable()

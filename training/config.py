@@ -14,63 +14,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from studio.errors import FileError, RequestError, UnknownNameError
+from training.names import FOREIGN_NAMES, SPELLINGS
+from training.names import NEUTRAL as NEUTRAL
 
 SECTIONS = ("attn", "attn+ff", "all")
 """Named sets of layers a LoRA can be attached to; anything else in ``targets`` is a regular expression."""
 RANK_LIMIT = 512
 """Above this a LoRA is larger than what it adapts; a rank this high is a typing mistake."""
-FOREIGN_NAMES = {
-    "lr": "learning_rate",
-    "unet_lr": "learning_rate",
-    "rate": "learning_rate",
-    "text_encoder_lr": "text_learning_rate",
-    "network_dim": "rank",
-    "linear": "rank",
-    "lora_rank": "rank",
-    "network_alpha": "alpha",
-    "linear_alpha": "alpha",
-    "batch_size": "batch",
-    "train_batch_size": "batch",
-    "max_train_steps": "steps",
-    "max_train_epochs": "epochs",
-    "trigger_word": "trigger",
-    "folder_path": "data",
-    "train_data_dir": "data",
-    "instance_data_dir": "data",
-    "output_dir": "output",
-    "output_name": "output",
-    "min_snr_gamma": "min_snr",
-    "snr_gamma": "min_snr",
-    "caption_dropout_rate": "caption_dropout",
-    "flip_aug": "flip",
-    "gradient_accumulation_steps": "accumulation",
-    "mixed_precision": "precision",
-    "lr_scheduler": "schedule",
-    "lr_warmup_steps": "warmup",
-    "pretrained_model_name_or_path": "base",
-    "num_repeats": "repeats",
-    "enable_bucket": "buckets",
-    "optimizer_type": "optimizer",
-    "prior_loss_weight": "prior_weight",
-    "max_grad_norm": "clip",
-}
-"""What kohya's scripts, diffusers' examples and ai-toolkit call our keys."""
-
-NEUTRAL = frozenset(
-    [
-        "output",
-        "device",
-        "checkpoint_every",
-        "save_every",
-        "preview_every",
-        "tensorboard",
-        "restart",
-        "cache_text",
-        "cache_latents",
-    ]
-)
-"""Options that do not change what is learnt: a run may be resumed with others, and its file does not record them."""
-
 Rate = Annotated[float, Field(gt=0, le=10)]
 Factor = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -109,10 +59,22 @@ class ConceptConfig(BaseModel):
     """``attn``, ``attn+ff``, ``all`` (every linear layer and convolution), or regular expressions over UNet module names."""
     block_rates: dict[str, Factor] = Field(default_factory=dict)
     """Learning-rate factors by regular expression over UNet module names, first match wins; 0 leaves those layers out."""
-    train_text: Literal["none", "lora"] = "none"
-    """Whether the text encoder gets a LoRA too."""
+    train_unet: bool = True
+    """Off: only what ``train_text`` names is learnt; with ``embedding`` that is textual inversion, or P+ when layer-wise."""
+    train_text: Literal["none", "embedding", "lora", "embedding+lora"] = "none"
+    """What is learnt of the text: vectors in place of the trigger, a LoRA on the text encoder, or both (ED-LoRA)."""
     text_learning_rate: Rate | None = None
-    """None: half of ``learning_rate``."""
+    """Of the text encoder's LoRA. None: half of ``learning_rate``."""
+    tokens: Annotated[int, Field(ge=1, le=32)] = 2
+    """Vectors that stand for the trigger when ``train_text`` holds ``embedding``."""
+    layerwise: bool = True
+    """Vectors of their own for every cross-attention layer (P+, ED-LoRA); off: the same for all (textual inversion)."""
+    token_init: str = ""
+    """Word or words that the last vector starts from; empty: the class word. The others start at random."""
+    token_learning_rate: Rate | None = None
+    """None: a thirteenth of the spread of the base's own word vectors, which is 1e-3 on Stable Diffusion 1.5."""
+    token_norm: Annotated[float, Field(gt=1)] | None = 1.4
+    """Vectors stop learning when their mean length is so many times that of the base's own words (ED-LoRA: .55 on SD 1.5)."""
 
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 400
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -121,10 +83,12 @@ class ConceptConfig(BaseModel):
     batch: Annotated[int, Field(ge=1, le=1024)] = 8
     accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     learning_rate: Rate = 1e-3
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "sgd"] = "adamw"
+    cycles: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Falls of ``cosine_with_restarts``."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "lion8bit", "prodigy", "sgd"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
@@ -157,17 +121,23 @@ class ConceptConfig(BaseModel):
     cache_latents: bool = True
     cache_text: bool = True
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
-    device: str = "auto"
-    """``auto``, ``cpu`` or ``cuda``; under ``accelerate launch`` each process takes its own."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Under ``accelerate launch`` each process takes its own card."""
 
     checkpoint_every: Annotated[int, Field(ge=0)] = 100
     """Steps between resumable checkpoints; 0: none."""
     save_every: Annotated[int, Field(ge=0)] = 0
     """Steps between LoRA files kept beside the output as ``<stem>-<step>.safetensors``; 0: none."""
     preview_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between previews; 0: none."""
+    """Steps between previews, drawn into ``<stem>.previews/``; 0: none."""
+    preview_prompts: tuple[str, ...] = ()
+    """What previews show; empty: the caption of a picture without one."""
+    preview_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Picture ``i`` of a preview always has the seed ``preview_seed + i``."""
+    preview_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Sampling steps of previews; None: the base's own number."""
     tensorboard: bool = False
-    """Write the loss to ``<stem>.train/tensorboard`` when the package is installed."""
+    """Write losses, rates and previews to ``<stem>.train/tensorboard`` when the package is installed."""
 
     restart: bool = False
     """Start over when an unfinished run lies at the output, instead of resuming it."""
@@ -210,7 +180,16 @@ class ConceptConfig(BaseModel):
             _compiled(pattern, "block_rates")
         return value
 
-    @field_validator("caption", "prior_prompts")
+    @field_validator("optimizer", "schedule", mode="before")
+    @classmethod
+    def _spelling(cls, value: object) -> object:
+        """Names as other trainers write them: ``AdamW8bit``, ``constant_with_warmup``."""
+        if not isinstance(value, str):
+            return value
+        plain = value.lower().replace("-", "_")
+        return SPELLINGS.get(plain, plain)
+
+    @field_validator("caption", "prior_prompts", "preview_prompts")
     @classmethod
     def _placeholders(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for text in (value,) if isinstance(value, str) else value:
@@ -229,9 +208,38 @@ class ConceptConfig(BaseModel):
             raise ValueError(f"prior_data is given but prior is '{self.prior}': set prior to 'images'")
         if self.prior == "images" and not self.class_word and not self.prior_prompts:
             raise ValueError("prior 'images' needs class_word, or prior_prompts that caption those pictures")
-        if self.train_text == "none" and self.text_learning_rate is not None:
-            raise ValueError("text_learning_rate is given but train_text is 'none': set train_text to 'lora'")
+        if self.text_learning_rate is not None and not self.text_lora:
+            raise ValueError(f"text_learning_rate is given but train_text is '{self.train_text}': set train_text to 'lora'")
+        for key in ("token_init", "token_learning_rate"):
+            if getattr(self, key) and not self.words:
+                raise ValueError(f"{key} is given but train_text is '{self.train_text}': set train_text to 'embedding'")
+        if not self.train_unet and self.train_text == "none":
+            raise ValueError("train_unet is off and train_text is 'none', so nothing would be learnt: set one of them")
+        self._one_rate()
         return self
+
+    def _one_rate(self) -> None:
+        """Prodigy finds one rate for everything."""
+        given = [key for key in ("text_learning_rate", "token_learning_rate") if getattr(self, key) is not None]
+        if any(factor not in (0, 1) for factor in self.block_rates.values()):
+            given.append("block_rates other than 0 and 1")
+        if self.optimizer == "prodigy" and given:
+            raise ValueError(f"optimizer 'prodigy' has one rate for everything, but {given[0]} is given: leave it out")
+
+    @property
+    def words(self) -> bool:
+        """Whether vectors are learnt in place of the trigger."""
+        return "embedding" in self.train_text
+
+    @property
+    def text_lora(self) -> bool:
+        """Whether the text encoder gets a LoRA."""
+        return "lora" in self.train_text
+
+    @property
+    def deltas(self) -> bool:
+        """Whether any layer of the base gets a LoRA, so that something could be forgotten."""
+        return self.train_unet or self.text_lora
 
     @property
     def strength(self) -> float:
@@ -308,7 +316,15 @@ def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
         FileError: the file is missing or not YAML.
         RequestError: as :func:`make_config`.
     """
-    path = Path(path)
+    return make_config(**read_options(Path(path)) | overrides)
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options of a YAML file, unchecked; paths relative to its folder.
+
+    Raises:
+        FileError: the file is missing or not YAML.
+    """
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -320,7 +336,7 @@ def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
     for key in ("data", "output", "prior_data"):
         if isinstance(values.get(key), str):
             values[key] = path.parent / Path(values[key]).expanduser()
-    return make_config(**{str(key): value for key, value in values.items()} | overrides)
+    return {str(key): value for key, value in values.items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -16,7 +16,11 @@ from studio.lora.model import Lora, LoraDelta
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import Tensor
+
     from training.plan import Plan
+
+    Words = Mapping[str, Mapping[str, Tensor]]
 
 TAGS = 200
 """Captions recorded at most: a header is read whole by every program that lists LoRAs."""
@@ -29,7 +33,7 @@ def metadata(plan: Plan, step: int) -> dict[str, str]:
     identity = plan.identity()
     sizes = sorted(plan.buckets)
     optional = {
-        "ss_text_encoder_lr": config.text_learning_rate or config.learning_rate / 2 if config.train_text != "none" else None,
+        "ss_text_encoder_lr": config.text_learning_rate or config.learning_rate / 2 if config.text_lora else None,
         "ss_min_snr_gamma": config.min_snr,
         "ss_caption_dropout_rate": config.caption_dropout or None,
         "ss_noise_offset": config.noise_offset or None,
@@ -73,11 +77,11 @@ def metadata(plan: Plan, step: int) -> dict[str, str]:
     return {key: str(value) for key, value in sorted(values.items())}
 
 
-def make_lora(plan: Plan, deltas: Mapping[str, LoraDelta], step: int) -> Lora:
-    """The LoRA after ``step`` steps, in the precision it is saved in."""
+def make_lora(plan: Plan, deltas: Mapping[str, LoraDelta], step: int, tokens: Words | None = None) -> Lora:
+    """The LoRA after ``step`` steps, in the precision it is saved in; learnt words stay in single precision."""
     dtype = DTYPES[plan.config.save_precision]
     cast = {key: replace(delta, down=delta.down.to(dtype), up=delta.up.to(dtype)) for key, delta in deltas.items()}
-    return Lora(layers=cast, metadata=metadata(plan, step))
+    return Lora(layers=cast, metadata=metadata(plan, step), tokens=tokens or {})
 
 
 def write(path: Path, lora: Lora) -> None:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compose.layerwise import cross_layers
+
 if TYPE_CHECKING:
     from studio.base import Base
     from training.config import ConceptConfig
 
 OVERHEAD = 300 * 2**20
 """The libraries themselves."""
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "sgd": 4}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "lion": 4, "lion8bit": 1, "prodigy": 16, "sgd": 4}
 """State per trained parameter."""
 
 
@@ -35,14 +37,15 @@ class Memory:
 def estimate(base: Base, config: ConceptConfig, layers: Mapping[str, Sequence[str]], size: tuple[int, int]) -> Memory:
     """Memory of training ``layers`` of ``base`` on pictures of ``size`` (width, height). An estimate, not a promise."""
     weights = sum(_bytes(model) for model in base.models().values()) + _bytes(base.vae)
-    parameters = parameter_count(base, config.rank, layers)
+    parameters = parameter_count(base, config.rank, layers) + word_count(base, config)
     adapters = parameters * (4 + 4 + OPTIMIZER_BYTES[config.optimizer])
-    row = _row(base, config, layers["unet"], size)
+    row = _row(base, config, layers.get("unet", ()), size)
     rows = config.batch
     if config.prior != "none":
         rows += config.prior_rows
+    text = _text(base, config)
     share = 0.6 if config.precision != "fp32" else 1.0  # norms and softmax stay in single precision under autocast
-    return Memory(weights, adapters, int(row * rows * share))
+    return Memory(weights, adapters, int((row * rows + text) * share))
 
 
 def parameter_count(base: Base, rank: int, layers: Mapping[str, Sequence[str]]) -> int:
@@ -53,6 +56,15 @@ def parameter_count(base: Base, rank: int, layers: Mapping[str, Sequence[str]]) 
             weight: Any = base.models()[key].get_submodule(name).weight
             total += rank * (weight[0].numel() + weight.shape[0])
     return total
+
+
+def word_count(base: Base, config: ConceptConfig) -> int:
+    """Trained numbers of learnt words."""
+    if not config.words:
+        return 0
+    each = config.tokens * (len(cross_layers(base.unet)) if config.layerwise else 1)
+    encoders = [base.text_encoder] + ([base.text_encoder_2] if base.text_encoder_2 is not None else [])
+    return sum(each * int(encoder.get_input_embeddings().weight.shape[1]) for encoder in encoders)
 
 
 def _bytes(model: nn.Module) -> int:
@@ -76,6 +88,26 @@ class _Processor:
         return attn.to_out[0](out)
 
 
+def _text(base: Base, config: ConceptConfig) -> int:
+    """Bytes kept for the backward pass of the text encoders, when something of the text is learnt; in single precision.
+
+    A caption with a layer-wise word is read once for every cross-attention layer; other prompts once.
+    """
+    if config.train_text == "none":
+        return 0
+    readings = config.batch * (len(cross_layers(base.unet)) if config.words and config.layerwise else 1)
+    readings += config.prior_rows if config.prior != "none" else 0
+    total = 0
+    for encoder in [base.text_encoder] + ([base.text_encoder_2] if base.text_encoder_2 is not None else []):
+        shape = encoder.config
+        layers = 2 if config.gradient_checkpointing else int(shape.num_hidden_layers)
+        # Queries, keys, values, the output and both norms; the input and the slope of the activation; inputs of LoRA layers.
+        numbers = 7 * int(shape.hidden_size) + 2 * int(shape.intermediate_size)
+        numbers += 5 * int(shape.hidden_size) if config.text_lora else 0
+        total += readings * base.context_length * layers * numbers * 4
+    return total
+
+
 def _row(base: Base, config: ConceptConfig, names: Sequence[str], size: tuple[int, int]) -> int:
     """Bytes kept for the backward pass of one picture in single precision."""
     from diffusers.models.attention import BasicTransformerBlock
@@ -87,7 +119,8 @@ def _row(base: Base, config: ConceptConfig, names: Sequence[str], size: tuple[in
         unet: Any = UNet2DConditionModel.from_config(base.unet.config)
     unet.set_attn_processor(_Processor())
     unet.requires_grad_(False).train()
-    inject_adapter_in_model(LoraConfig(r=config.rank, target_modules=list(names)), unet, "estimate")
+    if names:
+        inject_adapter_in_model(LoraConfig(r=config.rank, target_modules=list(names)), unet, "estimate")
     own = {p.untyped_storage()._cdata for p in unet.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -113,7 +146,8 @@ def _row(base: Base, config: ConceptConfig, names: Sequence[str], size: tuple[in
         added = {"text_embeds": torch.zeros(1, pooled, device="meta"), "time_ids": torch.zeros(1, 6, device="meta")}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         time = torch.zeros(1, dtype=torch.long, device="meta")
-        unet(sample, time, torch.zeros(1, length, width, device="meta"), added_cond_kwargs=added)
+        text = torch.zeros(1, length, width, device="meta", requires_grad=config.train_text != "none")
+        unet(sample, time, text, added_cond_kwargs=added)
     total = sum(size for size, _ in kept.values())
     if config.gradient_checkpointing:  # only the blocks' outputs stay, and one block is computed again at a time
         return min(total, sum(outputs) + 2 * total // max(len(blocks), 1))

@@ -12,6 +12,7 @@ from training.adapters import Adapters
 from training.batches import Batch, Captions
 from training.losses import add_noise, min_snr_weights, target, weighted_mse
 from training.text import TextStates, encode_ids
+from training.words import Reader
 
 if TYPE_CHECKING:
     from studio.base import Base
@@ -31,6 +32,8 @@ class Objective(nn.Module):
         super().__init__()
         self.unet = base.unet
         self.encoders = nn.ModuleList(m for key, m in base.models().items() if key != "unet" and config.train_text != "none")
+        self.vectors = nn.ParameterList(adapters.word.vectors.values() if adapters.word else ())
+        self._reader = Reader(base, adapters.word) if adapters.word else None
         self._base, self._adapters, self._captions, self._config = base, adapters, captions, config
         self._device = device
         self._abar: Tensor = base.scheduler.alphas_cumprod.to(device)
@@ -50,6 +53,8 @@ class Objective(nn.Module):
         if prompts is not None:
             losses["prior"] = self._consistency(batch, prompts)
         total = losses["denoising"] + self._config.prior_weight * losses["prior"] if "prior" in losses else losses["denoising"]
+        for rows in self.vectors:  # a batch in which nothing calls the word has a gradient too: zero
+            total = total + 0 * rows.sum()
         return {"loss": total} | losses
 
     def _noised(self, batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,6 +79,10 @@ class Objective(nn.Module):
     def _text(self, numbers: Tensor) -> TextStates:
         if self._config.train_text == "none":
             return self._captions.states(numbers).to(self._device)
+        if self._reader is not None:
+            texts = self._captions.texts
+            found = self._reader.read([texts[number] for number in numbers.tolist()])
+            return TextStates(found.states, found.pooled)
         return encode_ids(self._base, self._captions.ids(numbers))
 
     def _predict(self, noised: Tensor, t: Tensor, text: TextStates) -> Tensor:

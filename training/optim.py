@@ -13,19 +13,27 @@ if TYPE_CHECKING:
 
     from training.config import ConceptConfig
 
-PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+PACKAGES = {"adamw8bit": "bitsandbytes", "lion8bit": "bitsandbytes", "lion": "lion_pytorch", "prodigy": "prodigyopt"}
 """Optimisers that need an optional package."""
 FINAL_RATE = 0.05
 """What a falling schedule ends at, as a share of the full rate: the last steps should still do something."""
 
 
-def rate_share(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Share of the full learning rate at ``step`` (from 0): linear warm-up, then constant, or falling to :data:`FINAL_RATE`."""
+def rate_share(step: int, steps: int, warmup: int, schedule: str, cycles: int = 1) -> float:
+    """Share of the full learning rate at ``step`` (from 0): linear warm-up, then constant, or falling to :data:`FINAL_RATE`.
+
+    ``cosine_with_restarts`` falls ``cycles`` times; ``polynomial`` falls as the square of what is left.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min((step - warmup) / max(steps - warmup, 1), 1.0)
     if schedule == "cosine":
         return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "cosine_with_restarts":
+        turn = done * cycles % 1 if done < 1 else 1.0
+        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * turn))
+    if schedule == "polynomial":
+        return FINAL_RATE + (1 - FINAL_RATE) * (1 - done) ** 2
     if schedule == "linear":
         return 1 - (1 - FINAL_RATE) * done
     return 1.0
@@ -50,6 +58,16 @@ def make_optimizer(config: ConceptConfig, groups: list[dict[str, Any]]) -> torch
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, weight_decay=config.weight_decay)
+    if config.optimizer == "lion8bit":
+        from bitsandbytes.optim import Lion8bit
+
+        return Lion8bit(groups, weight_decay=config.weight_decay)
+    if config.optimizer == "lion":
+        from lion_pytorch import Lion
+
+        return Lion(groups, weight_decay=config.weight_decay)
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, weight_decay=config.weight_decay)
     if config.optimizer == "prodigy":
         from prodigyopt import Prodigy
 

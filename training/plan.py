@@ -132,6 +132,10 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         )
     layers = chosen_layers(base, config)
     captions, notes = _captions(config, pictures)
+    if config.words:
+        from training.words import check_words
+
+        check_words(base, config, captions)
     sizes = _sizes(config, base)
     for size in sizes:
         if min(size) < base.size_step:
@@ -144,11 +148,17 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     long = cut_captions(base, captions)
     if long:
         notes.append(f"{len(long)} captions are longer than the base reads and are cut, first '{long[0]}'")
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        notes.append(
+            f"optimizer 'prodigy' scales the rate it finds by learning_rate, here {config.learning_rate:g}: 1 is usual"
+        )
     shares = sum(p.repeats for p in pictures) * config.repeats
     per_step = config.batch * config.accumulation * processes
     steps = -(-config.epochs * shares // per_step) if config.epochs else config.steps
     prior_captions = [config.fill(p.caption or (config.prior_prompts or ("a {class_word}",))[0]) for p in prior]
-    if config.prior == "consistency":
+    if config.prior == "consistency" and not config.deltas:
+        notes.append("prior 'consistency' is not needed: only words are learnt, so nothing can be forgotten")
+    elif config.prior == "consistency":
         prior_captions = _prior_prompts(config, captions)
     return Plan(
         config=config,
@@ -171,9 +181,16 @@ def _load(config: ConceptConfig, device: Any) -> Base:
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     wanted = device if device is not None else (None if config.device == "auto" else config.device)
-    if str(wanted).startswith("cuda") and not torch.cuda.is_available():
-        raise RequestError("device 'cuda' is asked for, but this machine has none that works: use 'auto' or 'cpu'")
-    return load_base(config.base, wanted, kinds[config.precision])
+    return load_base(config.base, wanted, kinds[config.precision], memory=memory_for(wanted))
+
+
+def memory_for(device: Any) -> str:
+    """The memory setting for a base in training: on a card it stays there whatever is free; elsewhere it is loaded as for
+    generating, so that both share one.
+    """
+    from studio.placement import as_device
+
+    return "high" if as_device(device).type == "cuda" else "auto"
 
 
 def _captions(config: ConceptConfig, pictures: Sequence[Picture]) -> tuple[list[str], list[str]]:
@@ -252,10 +269,11 @@ def describe(config: ConceptConfig, base: Base | None = None) -> Description:
     Raises:
         StudioError: one sentence on the first thing wrong.
     """
-    from training.memory import estimate, parameter_count
+    from training.memory import estimate, parameter_count, word_count
 
     plan = prepare(config, base)
-    parameters = parameter_count(plan.base, config.rank, plan.layers)
+    words = word_count(plan.base, config)
+    parameters = parameter_count(plan.base, config.rank, plan.layers) + words
     size = max(plan.buckets, key=lambda s: s[0] * s[1])
     return Description(
         config=config.model_dump(mode="json") | {"steps": plan.steps, "alpha": config.strength, "caption": config.template},
@@ -268,7 +286,7 @@ def describe(config: ConceptConfig, base: Base | None = None) -> Description:
         epochs=plan.steps * config.batch * config.accumulation / len(plan.pictures),
         layers=sum(len(names) for names in plan.layers.values()),
         parameters=parameters,
-        file_bytes=parameters * (4 if config.save_precision == "fp32" else 2),
+        file_bytes=(parameters - words) * (4 if config.save_precision == "fp32" else 2) + words * 4,
         memory_bytes=estimate(plan.base, config, plan.layers, size).total,
         notes=tuple(plan.notes),
     )

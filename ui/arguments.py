@@ -23,15 +23,22 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise RequestError(f"--set '{text}' is not KEY=VALUE, for example min_snr=5")
+        key = key.strip().replace("-", "_")
+        if key in values:
+            raise RequestError(f"--set {key} is given twice: give it once")
         try:
-            values[key.strip().replace("-", "_")] = yaml.safe_load(value)
+            values[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise RequestError(f"--set '{text}': '{value}' is not a YAML value, for example 5, true or [a, b]") from None
     return values
 
 
+def slug(words: str) -> str:
+    """``words`` as part of a file's name: ``a-red-fox``."""
+    return "-".join(re.findall(r"[a-z0-9]+", words.lower()))[:48].strip("-") or "picture"
+
+
 def free_path(folder: Path, words: str, suffix: str) -> Path:
     """A path in ``folder`` that nothing has yet, named after ``words``: ``0007-a-red-fox.png``."""
-    stem = "-".join(re.findall(r"[a-z0-9]+", words.lower()))[:48].strip("-") or "picture"
     taken = [int(match[1]) for path in folder.glob("*") if (match := re.match(r"(\d{4,})-", path.name))]
-    return folder / f"{max(taken, default=0) + 1:04d}-{stem}{suffix}"
+    return folder / f"{max(taken, default=0) + 1:04d}-{slug(words)}{suffix}"

@@ -8,10 +8,29 @@ from typing import Annotated, Any
 
 import typer
 
-from ui import console, lora_cli, train_cli
-from ui.arguments import free_path
+from ui import console, lora_cli, methods, render, train_cli
+from ui.arguments import free_path, parse_settings
 from ui.console import Json
-from ui.options import BASE_HELP, ClipSkip, Device, Dtype, Embeddings, LoraDirs, Memory, Vae, given
+from ui.options import (
+    BASE_HELP,
+    AsWritten,
+    ClipSkip,
+    Compose,
+    Device,
+    Dtype,
+    Embeddings,
+    Explain,
+    InitImage,
+    LoraDirs,
+    Memory,
+    Regions,
+    Settings,
+    Strength,
+    Strict,
+    Vae,
+    given,
+    triggers,
+)
 from ui.rooms import DISTRIBUTION, shadowed
 
 OUTPUTS = Path("outputs")
@@ -29,6 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(train_cli.app, name="train")
 app.add_typer(lora_cli.app, name="lora")
+app.command(epilog=EPILOG)(render.render)
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="PNG to write; with several pictures, numbered beside it.")]
 
@@ -48,13 +68,16 @@ def options(
     """Options in front of the command; ``--version`` ends in its callback."""
 
 
-@app.command()
+@app.command(epilog=f"\b\nMethods for --compose:\n{methods.listing()}\n\n{EPILOG}")
 def generate(
     prompt: Annotated[
         str,
         typer.Argument(help="What to draw, with the LoRAs' trigger words; (word:1.2), BREAK and <lora:name:0.8> act."),
     ],
     lora: Annotated[list[str] | None, typer.Option("--lora", "-l", metavar="NAME_OR_FILE[:WEIGHT]", help="Repeatable.")] = None,
+    compose: Compose = None,
+    settings: Settings = None,
+    region: Regions = None,
     base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
@@ -67,6 +90,10 @@ def generate(
         str | None, typer.Option(help="Sampler: dpmpp_2m, ddim, euler, ..., or its name in A1111 or ComfyUI.")
     ] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    init_image: InitImage = None,
+    strength: Strength = None,
+    strict: Strict = False,
+    as_written: AsWritten = False,
     vae: Vae = None,
     clip_skip: ClipSkip = None,
     embedding: Embeddings = None,
@@ -74,37 +101,50 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     memory: Memory = None,
+    explain: Explain = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Draw PROMPT, with any number of LoRAs."""
-    fields = given(
-        negative=negative,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        scheduler=scheduler,
-        size=size,
-        vae=vae,
-        clip_skip=clip_skip,
-        embeddings=tuple(embedding or ()),
-        lora_dirs=lora_dir,
-        device=device,
-        dtype=dtype,
-        memory=memory,
-    )
     with console.speaking(json) as voice:
+        fields = given(
+            method=compose,
+            options=parse_settings(settings or ()),
+            regions=tuple(region or ()),
+            negative=negative,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            scheduler=scheduler,
+            size=size,
+            init_image=init_image,
+            strength=strength,
+            triggers=triggers(strict, as_written),
+            vae=vae,
+            clip_skip=clip_skip,
+            embeddings=tuple(embedding or ()),
+            lora_dirs=lora_dir,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            explain=explain,
+        )
         from pipelines import generate as draw
 
         _check_png(out)
         result = draw(prompt, loras=tuple(lora or ()), base=base, count=count, **fields)
         _deliver(voice, result, out or free_path(OUTPUTS, prompt, ".png"))
+        if explain is not None:
+            voice.note(f"what was done: {explain / 'index.html'}")
 
 
 @app.command()
 def rerun(
     file: Annotated[Path, typer.Argument(help="A PNG this studio wrote; or a picture or .txt with A1111's or Forge's text.")],
     base: Annotated[str | None, typer.Option(help="Instead of the base it names. " + BASE_HELP)] = None,
+    compose: Compose = None,
+    settings: Settings = None,
+    init_image: InitImage = None,
     vae: Vae = None,
     embedding: Embeddings = None,
     lora_dir: LoraDirs = None,
@@ -117,6 +157,9 @@ def rerun(
     """Make the picture in FILE again from what it carries; LoRAs that were renamed are found by their hash."""
     options = given(
         base=base,
+        method=compose,
+        options=parse_settings(settings) if settings else ({} if compose else None),
+        init_image=init_image,
         vae=vae,
         embeddings=tuple(embedding or ()),
         lora_dirs=lora_dir,
@@ -152,6 +195,21 @@ def _deliver(voice: console.Voice, result: Any, path: Path) -> None:
         "request": result.request.model_dump(mode="json"),
     }
     voice.answer(payload, "\n".join(files))
+
+
+@app.command("methods")
+def show_methods(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Which methods; by default all.")] = None,
+    json: Json = False,
+) -> None:
+    """List how several LoRAs can act together, with every option, its default and what it does."""
+    with console.speaking(json) as voice:
+        from dataclasses import asdict
+
+        from compose import METHODS
+
+        told = [methods.describe(name) for name in names or METHODS]
+        voice.answer({"methods": [asdict(method) for method in told]}, *methods.page(told))
 
 
 @app.command()

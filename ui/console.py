@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 EXIT_CODES = {
     0: "done",
@@ -44,18 +43,20 @@ class Voice:
     answers: TextIO
     as_json: bool
 
-    def answer(self, payload: dict[str, Any], words: str | Table) -> None:
-        """The result: ``payload`` as one JSON line with ``--json``, otherwise ``words``."""
+    def answer(self, payload: dict[str, Any], *words: str | RenderableType) -> None:
+        """The result: ``payload`` as one JSON line with ``--json``, otherwise ``words``, one after the other."""
         if self.as_json:
             print(json.dumps(payload, ensure_ascii=False, default=str), file=self.answers, flush=True)
-        elif isinstance(words, str):
-            print(words, file=self.answers, flush=True)
-        else:
-            Console(file=self.answers, highlight=False).print(words)
+            return
+        for part in words:
+            if isinstance(part, str):
+                print(part, file=self.answers, flush=True)
+            else:
+                Console(file=self.answers, highlight=False).print(part)
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not the result."""
-        print(text, file=sys.stderr, flush=True)
+        print(harmless(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -102,5 +103,10 @@ def _failed(kind: str, message: str, code: int, arguments: Sequence[str]) -> int
     return code
 
 
+def harmless(text: str) -> str:
+    """``text`` without what could steer a terminal: file names and what files say are a stranger's. Line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(harmless(text).split())

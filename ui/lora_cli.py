@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,11 +15,14 @@ from ui.options import BASE_HELP, Device, LoraDirs
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pipelines.profiles import Profiled
     from studio.base import Base
     from studio.lora.identity import LoraHeader
     from studio.lora.survey import Row
 
-app = typer.Typer(help="Show, check, convert, resize and share LoRA files.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Show, check, profile, convert, resize and share LoRA files.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Name = Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="A LoRA by name or file.")]
 LayoutName = Literal["diffusers", "kohya"]
@@ -48,9 +52,11 @@ def _facts(header: LoraHeader) -> dict[str, Any]:
         "kinds": list(header.kinds),
         "layers": len(header.layers),
         "components": list(header.components),
+        "targets": list(header.targets),
         "ranks": list(header.ranks),
         "alpha": header.alpha,
         "triggers": list(header.triggers),
+        **({"learnt words": list(header.tokens)} if header.tokens else {}),
     }
 
 
@@ -67,13 +73,13 @@ def _table(facts: dict[str, Any], metadata: Any) -> Table:
         drawn.add_row(key, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     drawn.add_section()
     for key, value in sorted(metadata.items()):
-        drawn.add_row(Text(key), Text(_plain(value, 160)))
+        drawn.add_row(Text(_plain(key, 80)), Text(_plain(value, 160)))
     return drawn
 
 
 def _plain(text: str, most: int) -> str:
     """A stranger's text, which must not steer the terminal, cut to ``most`` characters."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
+    plain = console.harmless(text).replace("\n", " ")
     return plain if len(plain) <= most else plain[: most - 3] + "..."
 
 
@@ -96,9 +102,10 @@ def check(
 
 
 def _check_file(voice: console.Voice, path: Path, model: Base) -> None:
-    from studio.lora.files import check_against, module_shapes, read_header
+    from studio.lora.files import check_against, check_values, module_shapes, read_header
 
     header = read_header(path)
+    check_values(path)
     match = check_against(header, module_shapes(**model.models()))
     trained_on = header.metadata.get("studio.base_sha256", "")
     payload = {
@@ -149,13 +156,14 @@ def _survey_table(rows: list[Row]) -> Table:
     for title in ("name", "family", "trainer", "rank", "layers", "text", "triggers", "verdict"):
         drawn.add_column(title, overflow="fold", ratio=3 if title in ("name", "verdict") else None)
     for row in rows:
-        ranks = "-".join(str(rank) for rank in dict.fromkeys((row.ranks[0], row.ranks[-1]))) if row.ranks else ""
-        kinds = "" if row.kinds in ((), ("lora",)) else " " + "+".join(row.kinds)
+        known = [rank for rank in row.ranks if rank]  # a LoKr of whole factors has none
+        ranks = "-".join(str(rank) for rank in dict.fromkeys((known[0], known[-1]))) if known else ""
+        kinds = "" if row.kinds in ((), ("lora",)) else "+".join(row.kinds)
         cells = (
             row.name,
             row.family,
             row.trainer,
-            ranks + kinds,
+            f"{ranks} {kinds}".strip(),
             f"{row.matched} of {row.total}" if row.total else "",
             "yes" if row.text_encoder else "",
             ", ".join(row.triggers),
@@ -217,6 +225,61 @@ def resize(
         least = min(shortened.kept.values())
         payload = {**_facts(read_header(written)), "least_kept": least}
         voice.answer(payload, f"{written}\nevery layer keeps at least {least:.1%} of its energy")
+
+
+@app.command()
+def profile(
+    names: Annotated[list[str], typer.Argument(metavar="NAME_OR_FILE...", help="LoRAs by name or file.")],
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
+    lora_dir: LoraDirs = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Measure whether LoRAs change fine detail (high) or broad shapes (low), which decides their turns in CMLoRA.
+
+    A profile belongs to one LoRA and one base. It is kept beside the LoRA's file, where CMLoRA finds it.
+    """
+    with console.speaking(json) as voice:
+        from dataclasses import asdict
+
+        from pipelines.profiles import profile as measured
+
+        rows = []
+        for index, row in enumerate(measured(names, base=base, again=again, lora_dirs=lora_dir or (), device=device)):
+            rows.append(row)
+            if row.measured:
+                where = f"kept in {row.path}" if row.path else "which could not be kept: no place can be written to"
+                voice.note(f"{index + 1} of {len(names)}: measured the profile of '{row.name}', {where}")
+        told = [{**asdict(row.profile), "name": row.name, "high": row.profile.high, "measured": row.measured, "path": row.path}
+                for row in rows]  # fmt: skip
+        voice.answer({"base": base, "profiles": told}, _profile_table(rows))
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def bars(values: Sequence[float]) -> str:
+    """One character per number, on a scale of their own that reaches to 0."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    width = (high - low) or 1.0
+    return "".join(BARS[round((value - low) / width * (len(BARS) - 1))] for value in values)
+
+
+def _profile_table(rows: Sequence[Profiled]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE, pad_edge=False)
+    for title in ("name", "score", "frequency", "step by step", "kept in"):
+        drawn.add_column(title, overflow="fold", justify="right" if title == "score" else "left")
+    for row in rows:
+        found = row.profile
+        kind = "high" if found.high else "low"
+        cells = (row.name, f"{found.score:+.4f}", kind, bars(found.curve), str(row.path or "not kept"))
+        drawn.add_row(*(Text(_plain(cell, 300)) for cell in cells))
+    return drawn
 
 
 @app.command()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from studio.lora.convert import convert_pickle as convert_pickle
     from studio.lora.files import Match as Match
     from studio.lora.files import check_against as check_against
+    from studio.lora.files import check_values as check_values
     from studio.lora.files import load_lora as load_lora
     from studio.lora.files import module_shapes as module_shapes
     from studio.lora.files import read_header as read_header
@@ -23,6 +24,7 @@ _HOMES = {
     "convert_pickle": "convert",
     "Match": "files",
     "check_against": "files",
+    "check_values": "files",
     "load_lora": "files",
     "module_shapes": "files",
     "read_header": "files",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from studio.embeddings import read_tokens
 from studio.errors import FileError, FileLimitError, PickleRefusedError, UnknownFormatError
 from studio.lora.alphas import layer_alphas
 from studio.lora.assemble import info_of
@@ -64,7 +65,12 @@ def lora_from_state_dict(
     floats = {key: tensor.detach().float() for key, tensor in state.items()}
     deltas = assemble_layers(floats, placement, alphas, name=name, limits=limits)
     family = guess_family({module: info_of(delta) for module, delta in deltas.items()}, metadata or {})
-    return Lora(layers=deltas, metadata={**(metadata or {}), "studio.family": family})
+    words = {key: floats[key] for key in placement.tokens}
+    return Lora(
+        layers=deltas,
+        metadata={**(metadata or {}), "studio.family": family},
+        tokens=read_tokens(words, metadata or {}, name) if words else {},
+    )
 
 
 def _slot_shapes(state: Mapping[str, Tensor], placement: Placement) -> dict[str, dict[str, tuple[int, ...]]]:

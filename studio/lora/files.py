@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from studio.embeddings import read_tokens, token_words
 from studio.errors import DamagedFileError, FileError, LoraShapeError, LoraValuesError, UnknownFormatError
 from studio.lora.alphas import layer_alphas
 from studio.lora.formats import Placement, place_all
@@ -57,22 +58,48 @@ def load_lora(path: str | Path, *, dtype: torch.dtype | None = None, limits: Lim
         UnsafeFileError: pickles, caps, path tricks.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
     from studio.lora.model import Lora
 
     raw = read_raw_header(Path(path), limits)
     placement = place_all(raw.tensors, name=raw.path.name)
     header = _identify(raw, placement, limits)
-    tensors: dict[str, Tensor] = {}
+    tensors = {key: tensor.to(dtype or torch.float32) for key, tensor in _tensors(raw)}
+    words = {key: tensors.pop(key) for key in placement.tokens}
+    return Lora(
+        layers=assemble_layers(tensors, placement, header.alphas, name=raw.path.name, limits=limits),
+        metadata=dict(header.metadata),
+        source=raw.path,
+        sha256=file_sha256(raw.path),
+        tokens=read_tokens(words, header.metadata, raw.path.name) if words else {},
+    )
+
+
+def check_values(path: str | Path, *, limits: Limits = LIMITS) -> None:
+    """Read every tensor of a file once, one at a time, and keep none.
+
+    Raises:
+        LoraValuesError: NaN or infinity in some tensor.
+    """
+    raw = read_raw_header(Path(path), limits)
+    for key, tensor in _tensors(raw):
+        _require_finite(tensor.float(), key, raw.path.name)
+
+
+def _tensors(raw: RawHeader) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(raw.path, framework="pt") as file:
             for key in raw.tensors:
-                tensors[key] = file.get_tensor(key).to(dtype or torch.float32)
+                yield key, file.get_tensor(key)
     except SafetensorError as error:
         raise DamagedFileError(f"{raw.path.name} is damaged: {error}") from error
-    layers = assemble_layers(tensors, placement, header.alphas, name=raw.path.name, limits=limits)
-    return Lora(layers=layers, metadata=dict(header.metadata), source=raw.path, sha256=file_sha256(raw.path))
+
+
+def _require_finite(tensor: Tensor, key: str, name: str) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise LoraValuesError(f"{name} is refused: tensor '{key[:100]}' holds NaN or infinity, so its training diverged")
 
 
 def assemble_layers(
@@ -92,8 +119,7 @@ def assemble_layers(
     from studio.lora.assemble import build
 
     for key, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise LoraValuesError(f"{name} is refused: tensor '{key[:100]}' holds NaN or infinity, so its training diverged")
+        _require_finite(tensor, key, name)
     return {
         module: build(module, {slot: tensors[key] for slot, key in slots.items()}, alphas[module], limits.rank)
         for module, slots in placement.layers.items()
@@ -201,6 +227,9 @@ def _identify(raw: RawHeader, placement: Placement, limits: Limits) -> LoraHeade
             layers[module] = describe(module, {slot: raw.tensors[key].shape for slot, key in slots.items()}, limits.rank)
         except FileError as error:
             raise type(error)(f"{raw.path.name} is refused: {error}") from error
+    for key in placement.tokens:
+        if raw.tensors[key].dtype not in FLOATS:
+            raise UnknownFormatError(f"{raw.path.name} is refused: '{key}' holds {raw.tensors[key].dtype} numbers, not vectors")
     values = scalar_values(raw, alpha_keys.values())
     for module, key in alpha_keys.items():
         if key not in values:
@@ -219,4 +248,5 @@ def _identify(raw: RawHeader, placement: Placement, limits: Limits) -> LoraHeade
         alphas=alphas,
         metadata=raw.metadata,
         tensors=len(raw.tensors),
+        tokens=tuple(token_words(placement.tokens, raw.metadata, raw.path.name)) if placement.tokens else (),
     )

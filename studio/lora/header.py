@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ def read_raw_header(path: Path, limits: Limits = LIMITS) -> RawHeader:
         UnsafeMetadataError: metadata that tries to be a path.
     """
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # opening one would wait for a writer for ever
+            raise FileError(f"cannot read {path}: it is a pipe, not a file")
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
             text = _header_text(file, file_bytes, path, limits)
@@ -131,6 +134,8 @@ def checked_metadata(metadata: Any, name: str) -> dict[str, str]:
     """The metadata of file ``name``, read or to be written, if it is a table of strings none of which tries to be a path."""
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedFileError(f"the metadata of {name} is not a table of strings: nested values belong in as JSON")
+    if not all(key.isprintable() and _is_text(value) for key, value in metadata.items()):
+        raise DamagedFileError(f"the metadata of {name} holds characters that are no text")
     for key in _NAME_KEYS:
         if _is_path_trick(metadata.get(key, "")):
             raise UnsafeMetadataError(f"{name} is refused: its metadata '{key}' is a path ({metadata[key][:60]!r}), not a name")
@@ -178,8 +183,10 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"the header of {path.name} is damaged: {type(error).__name__}, {error}") from error
+    except RecursionError as error:
+        raise DamagedFileError(f"the header of {path.name} is damaged: it is nested too deeply") from error
+    except ValueError as error:
+        raise DamagedFileError(f"the header of {path.name} is damaged: it is no sound JSON ({error})") from error
     if not isinstance(entries, dict):
         raise DamagedFileError(f"the header of {path.name} is damaged: it is not a table of tensors")
     return entries
@@ -193,6 +200,15 @@ def _is_path_trick(value: str) -> bool:
     return ".." in parts or value.startswith(("/", "\\", "~/")) or drive or control
 
 
+def _is_text(value: str) -> bool:
+    """Whether ``value`` can be written at all: JSON may hold halves of characters that no file and no terminal takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
     def whole(numbers: Any) -> bool:
         return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
@@ -203,10 +219,12 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
         and whole(entry.get("data_offsets"))
         and len(entry["data_offsets"]) == 2
     )
-    if not known or len(entry["shape"]) > MAX_DIMENSIONS or len(name) > MAX_NAME:
+    if len(name) > MAX_NAME or not name.isprintable():  # names stand in messages, so nothing in them may steer a terminal
+        raise DamagedFileError(f"the header of {path.name} is damaged: {name[:80]!a} is no name of a tensor")
+    if not known or len(entry["shape"]) > MAX_DIMENSIONS:
         raise DamagedFileError(f"the header of {path.name} is damaged: it does not describe tensor '{name[:80]}'")
     dtype = entry.get("dtype")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise UnknownFormatError(
             f"{path.name} is refused: tensor '{name[:80]}' has the number format {str(dtype)[:20]!r}, which no LoRA uses"
         )

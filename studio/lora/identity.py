@@ -15,7 +15,7 @@ from studio.lora.shapes import LayerInfo
 MOTION = "-motion"
 _CONTEXT_FAMILY = {192: "embedded", 768: "sd15", 1024: "sd2", 2048: "sdxl"}
 _FIRST_BLOCK_FAMILY = {64: "embedded", 320: "sd15"}
-_VERSION_FAMILY = (("sdxl", "sdxl"), ("sd_v1", "sd15"), ("sd_v2", "sd2"))
+_VERSION_FAMILY = (("sdxl", "sdxl"), ("sd_v1", "sd15"), ("sd_1", "sd15"), ("sd_v2", "sd2"), ("sd_2", "sd2"))
 _ARCHITECTURE_FAMILY = (("stable-diffusion-xl", "sdxl"), ("stable-diffusion-v1", "sd15"), ("stable-diffusion-v2", "sd2"))
 _FORMAT_TRAINER = {
     "kohya": "sd-scripts",
@@ -26,6 +26,7 @@ _FORMAT_TRAINER = {
     "motion": "AnimateDiff",
     "peft": "PEFT",
 }
+_FAMILY_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
 _TRIGGER_LENGTH = 80
 _TRIGGERS = 3
 
@@ -47,6 +48,7 @@ class LoraHeader:
         alphas: of every layer; None means the rank.
         metadata: as stored. Text of a stranger: escape it before showing it as HTML or Markdown.
         tensors: how many the file holds.
+        tokens: words that stand for learnt vectors in the file.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class LoraHeader:
     alphas: Mapping[str, float | None]
     metadata: Mapping[str, str]
     tensors: int
+    tokens: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -71,12 +74,14 @@ class LoraHeader:
 
     @property
     def rank(self) -> int:
-        """The commonest rank."""
-        return commonest(info.rank for info in self.layers.values())
+        """The commonest rank; 0 where nothing but words was learnt."""
+        return commonest(info.rank for info in self.layers.values()) if self.layers else 0
 
     @property
     def alpha(self) -> float:
-        """The commonest alpha; a layer without one counts its rank."""
+        """The commonest alpha; a layer without one counts its rank. 0 where nothing but words was learnt."""
+        if not self.layers:
+            return 0.0
         return commonest(float(self.layers[name].rank if alpha is None else alpha) for name, alpha in self.alphas.items())
 
     @property
@@ -118,7 +123,7 @@ def guess_family(layers: Mapping[str, LayerInfo], metadata: Mapping[str, str]) -
         return "transformer"
     motion = {module: info for module, info in layers.items() if ".motion_modules." in module}
     if motion and all(module in motion or not module.startswith("unet.") for module in layers):
-        base = _family_by_width(motion) or metadata.get("studio.family", "").removesuffix(MOTION)
+        base = _family_by_width(motion) or (_family_by_claim(metadata) or "").removesuffix(MOTION)
         return {"sd15": "animatediff", "": "animatediff"}.get(base, base) + MOTION
     return _family_by_shape(layers) or _family_by_claim(metadata) or "unknown"
 
@@ -131,9 +136,13 @@ def guess_trainer(format_name: str, metadata: Mapping[str, str]) -> str:
         return "studio"
     if module.startswith("lycoris"):
         return "LyCORIS"
+    if "ot_revision" in metadata or "ot_branch" in metadata:
+        return "OneTrainer"
     for name in ("OneTrainer", "ai-toolkit", "SimpleTuner"):
         if name.lower() in implementation.lower():
             return name
+    if metadata.get("model_type") == "motion_director":
+        return "MotionDirector"
     return "sd-scripts" if module.startswith("networks.") else _FORMAT_TRAINER[format_name]
 
 
@@ -181,8 +190,9 @@ def _family_by_width(layers: Mapping[str, LayerInfo]) -> str | None:
 
 
 def _family_by_claim(metadata: Mapping[str, str]) -> str | None:
-    if family := metadata.get("studio.family"):
-        return family[:40]
+    family = metadata.get("studio.family", "")
+    if _FAMILY_NAME.fullmatch(family):
+        return family
     version = metadata.get("ss_base_model_version", "").lower()
     architecture = metadata.get("modelspec.architecture", "").lower()
     for claim, table in ((version, _VERSION_FAMILY), (architecture, _ARCHITECTURE_FAMILY)):

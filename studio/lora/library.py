@@ -34,10 +34,10 @@ def list_loras(extra_dirs: Iterable[str | Path] = ()) -> dict[str, Path]:
 
 
 def lora_files(folder: Path, suffixes: tuple[str, ...] = (SUFFIX,)) -> Iterator[Path]:
-    """The LoRA files below ``folder``, sorted; hidden ones and links out of it are left out."""
+    """The LoRA files below ``folder``, sorted; hidden ones, pipes, and links out of it are left out."""
     if not folder.is_dir():
         return
-    root = folder.resolve()
+    root = os.path.realpath(folder)  # pathlib's resolve() raises where links run in a circle
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -45,7 +45,8 @@ def lora_files(folder: Path, suffixes: tuple[str, ...] = (SUFFIX,)) -> Iterator[
         if len(found) > _MAX_FILES:
             raise FileError(f"{folder} holds more than {_MAX_FILES} LoRA files: name a smaller folder")
     for path in sorted(found):
-        if path.resolve().is_relative_to(root):
+        ordinary = os.path.isfile(path) or not os.path.exists(path)  # no pipe, which would be read for ever
+        if ordinary and Path(os.path.realpath(path)).is_relative_to(root):
             yield path
 
 

@@ -102,12 +102,17 @@ Delta = LoraDelta | LohaDelta | LokrDelta | DoraDelta
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One adapter. ``source`` is the file it came from; ``sha256`` of that file identifies it whatever its name."""
+    """One adapter. ``source`` is the file it came from; ``sha256`` of that file identifies it whatever its name.
+
+    ``tokens`` are learnt vectors in place of a word of the prompt, by that word and by text encoder: ``[n, d]``, or
+    ``[layers, n, d]`` with one reading for every cross-attention layer (:mod:`studio.embeddings`).
+    """
 
     layers: Mapping[str, Delta]
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: Path | None = None
     sha256: str = ""
+    tokens: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def trigger(self) -> str:

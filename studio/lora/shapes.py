@@ -13,6 +13,8 @@ from studio.errors import FileLimitError, LoraShapeError
 
 Shape = tuple[int, ...]
 EXTRAS = {"alpha", "dora_scale", "magnitude"}
+MAX_CHANGE = 2**28
+"""Numbers of one ``dW`` at most, four times what the largest weights of known models have: thin factors can claim any size."""
 _LOKR_PARTS = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
 
 
@@ -71,6 +73,8 @@ def describe(module: str, shapes: Mapping[str, Shape], max_rank: int) -> LayerIn
         raise check.fail("mixes the tensors of several kinds of adapter")
     if info.rank > max_rank:
         raise FileLimitError(f"layer '{module}' has rank {info.rank}, more than the {max_rank} a LoRA may have here")
+    if prod(info.shape) > MAX_CHANGE:
+        raise FileLimitError(f"layer '{module}' claims a weight of shape {list(info.shape)}, larger than any of a known model")
     check.expect(prod(shapes.get("alpha", ())) == 1, "has an alpha that is not one number")
     check.expect(not {"dora_scale", "magnitude"} <= set(shapes), "has two DoRA magnitudes")
     if {"dora_scale", "magnitude"} & set(shapes):
@@ -91,7 +95,7 @@ def magnitude_axis(module: str, shapes: Mapping[str, Shape], shape: Shape) -> in
         )
         return 0
     scale = shapes["dora_scale"]
-    if prod(scale) == shape[0] and scale[0] == shape[0]:
+    if scale and scale[0] == prod(scale) == shape[0]:
         return 0
     check.expect(
         len(scale) >= 2 and scale[0] == 1 and prod(scale) == scale[1] == shape[1],

@@ -1,6 +1,7 @@
 """A folder of mixed LoRA files at a glance: what each is, and whether it fits a base.
 
-Headers only; a bad file is a row, not an error.
+A bad file is a row, not an error. Headers tell all but one thing: of files that fit, the numbers are read too, since training
+that diverged leaves NaN.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.errors import FileError, StudioError
-from studio.lora.files import check_against, read_header
+from studio.lora.files import Match, check_against, check_values, read_header
+from studio.lora.identity import LoraHeader
 from studio.lora.library import PICKLES, SUFFIX, lora_files
+
+_TITLES = {"transformer": "a transformer such as FLUX or SD3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +67,9 @@ def _row(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]] | None, fa
     try:
         header = read_header(path)
     except StudioError as error:
-        return Row(name=name, fits=None if shapes is None else False, verdict=str(error), error=type(error).__name__)
+        return Row(name=name, fits=None if shapes is None else False, verdict=_why(error, path), error=type(error).__name__)
     match = check_against(header, shapes or {})
-    fits = None if shapes is None else match.complete
-    if fits is None:
-        verdict = "readable"
-    elif fits:
-        verdict = "fits"
-    elif family and header.family not in (family, "unknown"):
-        verdict = f"is for {header.family}, not for {family}"
-    else:
-        verdict = f"does not fit: {match}"
+    fits, verdict, fault = _verdict(path, header, match if shapes is not None else None, family)
     return Row(
         name=name,
         fits=fits,
@@ -87,4 +83,23 @@ def _row(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]] | None, fa
         triggers=header.triggers,
         matched=len(match.matched),
         total=match.total,
+        error=fault,
     )
+
+
+def _verdict(path: Path, header: LoraHeader, match: Match | None, family: str) -> tuple[bool | None, str, str]:
+    """``fits``, ``verdict`` and ``error`` of a file with a sound header; ``match`` is None without a base."""
+    if match is not None and not match.complete:
+        if family and header.family not in (family, "unknown"):
+            return False, f"is for {_TITLES.get(header.family, header.family)}, not for {family}", ""
+        return False, f"does not fit: {match}", ""
+    try:
+        check_values(path)
+    except StudioError as error:
+        return None if match is None else False, _why(error, path), type(error).__name__
+    return (None, "readable", "") if match is None else (True, "fits", "")
+
+
+def _why(error: StudioError, path: Path) -> str:
+    """The sentence without the name that stands at the row's beginning."""
+    return str(error).removeprefix(f"{path.name} ").removeprefix("is refused: ")

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from studio.embeddings import token_tensors
 from studio.errors import FileError, LoraFileError, LoraValuesError, RequestError
 from studio.lora.alphas import METADATA_KEY
 from studio.lora.assemble import info_of
@@ -68,14 +69,16 @@ def save_lora(
         raise RequestError(f"a LoRA is written as a .safetensors file, not as '{target.name}': change the ending")
     if layout not in ("diffusers", "kohya"):
         raise RequestError(f"unknown LoRA layout '{layout}': use diffusers or kohya")
-    if not lora.layers:
+    if not lora.layers and not lora.tokens:
         raise LoraFileError(f"nothing to write into {target.name}: the LoRA has no layers")
     family = guess_family(
         {module: info_of(delta) for module, delta in lora.layers.items()}, {**lora.metadata, **(metadata or {})}
     )
     tensors = _diffusers_tensors(lora.layers) if layout == "diffusers" else _kohya_tensors(lora.layers, family)
+    words, named = token_tensors(lora.tokens)
+    tensors |= words
     stored = {key: _storable(key, tensor, dtype, target.name) for key, tensor in tensors.items()}
-    written = _described(lora, layout, family, {**lora.metadata, **(metadata or {})}, target.name)
+    written = _described(lora, layout, family, {**lora.metadata, **(metadata or {}), **named}, target.name)
     _write_atomically(target, _serialised(stored, written))
     return target
 
@@ -156,8 +159,8 @@ def _described(lora: Lora, layout: Layout, family: str, given: Mapping[str, str]
     """The metadata of the file: what is given, and what follows from the tensors."""
     infos = {module: info_of(delta) for module, delta in lora.layers.items()}
     alphas = {module: float(getattr(delta, "alpha", infos[module].rank)) for module, delta in lora.layers.items()}
-    rank = commonest(info.rank for info in infos.values())
-    alpha = commonest(alphas.values()) if layout == "kohya" else float(rank)
+    rank = commonest(info.rank for info in infos.values()) if infos else 0
+    alpha = commonest(alphas.values()) if layout == "kohya" and infos else float(rank)
     plain = all(info.kind in ("lora", "dora") for info in infos.values())
     followed = {
         "studio.version": FORMAT_VERSION,
@@ -181,7 +184,7 @@ def _described(lora: Lora, layout: Layout, family: str, given: Mapping[str, str]
     }
     # A family nobody could tell is left out rather than named: readers compare it.
     complete = {**{key: value for key, value in followed.items() if value and "unknown" not in value}, **kept}
-    if layout == "diffusers":
+    if layout == "diffusers" and lora.layers:
         complete[METADATA_KEY] = json.dumps(_peft_config(lora.layers), sort_keys=True)
     return checked_metadata(complete, name)
 

@@ -212,11 +212,11 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tau", type=float, default=TAU)
-    parser.add_argument("--cache", type=Path, help="folder for templates that went through the VAE (default: --out)")
+    parser.add_argument("--cache", type=Path, help="folder for templates that went through the VAE (default: the user's cache)")
     parser.add_argument("--no-vae-templates", action="store_true", help="templates as drawn, not through the VAE")
     given = parser.parse_args()
     generator, roundtrip = stock_generator(given.base, given.steps, given.guidance)
-    judge = Judge(roundtrip=None if given.no_vae_templates else roundtrip, cache=given.cache or given.out, tau=given.tau)
+    judge = Judge(roundtrip=None if given.no_vae_templates else roundtrip, cache=given.cache, tau=given.tau)
     rates = measure(generator, judge, make_cases(given.tier, given.n, given.seed), given.out, given.batch)
     for name, value in rates.items():
         print(f"{name:48s} {value}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from studio.art.scenes import Box, Scene, place_of, wear
 from studio.errors import RequestError
 from tests.bench.matching import Finding, correlation, find
 from tests.bench.papers import Paper, estimate
-from tests.bench.templates import Bank, Key, RoundTrip, build_bank, make_keys, window_side
+from tests.bench.templates import AutoEncoder, Bank, Key, RoundTrip, VaeRoundTrip, build_bank, make_keys, window_side
 
 TAU = 0.6
 """Score from which a subject counts as present; set by ``python -m tests.bench.reliability --calibrate``."""
@@ -39,14 +39,6 @@ OVERLAP = 0.3
 
 Kind = Literal["present", "confused", "vanished", "other"]
 Picture = Image.Image | np.ndarray | Tensor
-
-
-class AutoEncoder(Protocol):
-    """The part of ``AutoencoderKL`` used here."""
-
-    def encode(self, x: Tensor) -> object: ...
-
-    def decode(self, z: Tensor) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ class Judge:
         bank: a ready bank; otherwise one is built of ``names`` (default: the whole atlas) in all styles and ``looks``.
         looks: looks in the bank besides the plain drawings.
         roundtrip: the shipped VAE there and back, see :func:`vae_roundtrip`.
-        cache: a folder that keeps templates that went through the VAE (see :func:`build_bank`).
+        cache: the folder that keeps templates that went through the VAE (see :func:`build_bank`); default the user's.
         tau: least score of a present subject.
         flips: whether mirrored subjects count.
     """
@@ -179,16 +171,9 @@ def wanted_of(scene: Scene) -> tuple[Wanted, ...]:
     )
 
 
-def vae_roundtrip(vae: AutoEncoder) -> RoundTrip:
-    """Encoding (mode) and decoding by a diffusers ``AutoencoderKL``, for pictures in 0..1."""
-
-    def there_and_back(pictures: Tensor) -> Tensor:
-        with torch.no_grad():
-            latents = vae.encode(pictures * 2 - 1).latent_dist.mode()  # type: ignore[attr-defined]
-            decoded: Tensor = vae.decode(latents).sample  # type: ignore[attr-defined]
-        return (decoded / 2 + 0.5).clamp(0, 1)
-
-    return there_and_back
+def vae_roundtrip(vae: AutoEncoder) -> VaeRoundTrip:
+    """The shipped VAE there and back, for the judge's templates."""
+    return VaeRoundTrip(vae)
 
 
 def _asks(want: Wanted, key: Key) -> bool:

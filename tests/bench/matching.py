@@ -7,10 +7,14 @@ sprite *redrawn over the picture's own background* ``B`` there, the background t
 
 with weight ``w`` = alpha inside and a light ring around it, means per channel, sums over pixels and channels. Without the ring
 a flat sprite has nothing to correlate and any flat area fits it; with it the silhouette and the colour against the background
-count. A sprite fainter than half its true contrast loses in proportion, so ghosts do not count as present.
+count. A sprite fainter than half its true contrast loses in proportion. This is the *likeness*, by which keys are ranked.
 
-The coarse search correlates background-subtracted half-resolution pictures with compressed templates at two sizes and every
-place, plain and mirrored.
+A blur, a half-denoised smear and a blend of two subjects keep most of that correlation. So the subject found is also asked for
+its *strength*: how much of its drawing at the scale of eyes and limbs (a band of some 6 to 14 pixels a period) is there, 1 for
+a true picture. Its *score* is the likeness, less where the strength falls short.
+
+The coarse search correlates background-subtracted half-resolution pictures with compressed templates of the middle size at
+every place, plain and mirrored.
 """
 
 from __future__ import annotations
@@ -30,11 +34,19 @@ SHORTLIST = 40
 FINALISTS = 12
 FLOOR = 0.02
 """Standard deviation (0..1) added to both sides of the correlation: noise this small is nothing."""
+FAINT = 0.04
+"""Root mean square (0..1) of what is left in the strongest window under which the search ends."""
 FULL_GAIN = 0.5
 """Contrast, relative to the true sprite's, from which on the score is not reduced."""
 FULL_VIEW = 0.6
 """Part of a sprite's weight that must be on free canvas for its full score: slivers fit anything."""
-ENERGY = 0.15
+BAND = (1.5, 3.0)
+"""Standard deviations in pixels of the two Gaussians whose difference is the band of :func:`strength`."""
+WEAK, STRONG = 0.4, 0.7
+"""Strengths up to which nothing of the likeness counts, and from which on all of it does."""
+REACH = 8
+"""Pixels around a window that the band needs."""
+ENERGY = 0.3
 """Share of the strongest window's energy below which the coarse search does not look."""
 SPREAD = 0.5
 """Part of the whole window's energy in the coarse norm: keeps thin sprites from fitting a sliver of something else."""
@@ -51,8 +63,8 @@ Start = tuple[int, float, float, int, bool]
 class Finding:
     """One subject found: the best key of the bank at its place.
 
-    ``box`` in fractions; ``centre (x, y)`` in fractions; ``size`` in pixels; ``rivals``: every key examined there with its best
-    score, best first (the first is ``key`` itself).
+    ``score``: likeness less missing strength. ``box`` in fractions; ``centre (x, y)`` in fractions; ``size`` in pixels;
+    ``rivals``: every key examined there with its best likeness, best first (the first is ``key`` itself).
     """
 
     key: Key
@@ -65,7 +77,8 @@ class Finding:
     left: int
     rivals: tuple[tuple[Key, float], ...]
 
-    def score_of(self, key: Key) -> float:
+    def likeness(self, key: Key) -> float:
+        """How well ``key`` fits there; 0 where it was not examined."""
         return dict(self.rivals).get(key, 0.0)
 
 
@@ -131,10 +144,51 @@ def correlation(drawn: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     return score * (gain / FULL_GAIN).clamp(0, 1)
 
 
+def strength(bank: Bank, canvas: Canvas, best: _Best) -> float:
+    """Gain of the sprite's band-passed layer in the picture's, the best over shifts of one pixel.
+
+    With ``b(X)`` = ``X`` smoothed by the first Gaussian of :data:`BAND` less ``X`` smoothed by the second:
+    ``sum b(C) b(D) / sum b(C)^2`` over the free pixels of the window. About 1 for a true picture, 0.5 for a blend of halves,
+    under 0.4 for a blur of 3 pixels or more. The texture of the background is taken out of the sprite's own pixels first,
+    ``C = a (T - m)`` and ``D = I - B + a (B - m)`` with the mean background ``m``: on a checkered ground ``T - B`` looks much
+    the same for every ``T``.
+    """
+    rgba = bank.rgba[best.size][best.key].float() / 255
+    weight = bank.weights[best.size][best.key].float() / 255
+    if best.flip:
+        rgba, weight = rgba.flip(1), weight.flip(1)
+    side, wide = len(weight), len(weight) + 2 * REACH
+    corner = torch.tensor([best.top, best.left])
+    subject, paper, _ = (x.unflatten(0, (wide, wide)) for x in canvas.windows(corner - REACH, wide))
+    free = canvas.windows(corner, side)[2].unflatten(0, (side, side))
+    inner = slice(REACH, -REACH)
+    alpha = F.pad(rgba[..., 3:], (0, 0, *(REACH,) * 4))
+    ground = paper[inner, inner].mean((0, 1))
+    band = band_passed(alpha * (F.pad(rgba[..., :3], (0, 0, *(REACH,) * 4)) - ground))[inner, inner]
+    seen = band_passed(subject + alpha * (paper - ground))
+    band = band * (free * (weight > 0))[..., None]
+    shifted = [seen[REACH + y : REACH + y + side, REACH + x : REACH + x + side] for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return max(float((band * part).sum()) for part in shifted) / max(float(band.square().sum()), 1e-6)
+
+
+def band_passed(layer: Tensor) -> Tensor:
+    """``[N, N, 3]`` smoothed by the first Gaussian of :data:`BAND` less the same smoothed by the second."""
+    offset = torch.arange(len(layer)).float()
+    apart = (offset[:, None] - offset).square()
+    fine, coarse = (torch.softmax(-apart / (2 * sigma**2), 1) for sigma in BAND)
+    x = layer.permute(2, 0, 1)
+    return (fine @ x @ fine.T - coarse @ x @ coarse.T).permute(1, 2, 0)
+
+
+def strict(likeness: float, strength: float) -> float:
+    """The score: ``likeness``, less in proportion where ``strength`` lies between :data:`WEAK` and :data:`STRONG`."""
+    return likeness * min(max((strength - WEAK) / (STRONG - WEAK), 0.0), 1.0)
+
+
 def shortlist(bank: Bank, canvas: Canvas, flips: bool, also: Iterable[int]) -> list[Start]:
     """The :data:`SHORTLIST` keys that fit best somewhere in what is left of the picture, and those in ``also``."""
     subject = halve(((canvas.picture - canvas.paper) * canvas.free[..., None])[None])[0]
-    if float(subject.square().sum(-1).amax()) < FLOOR**2:
+    if float(F.avg_pool2d(subject.square().mean(-1)[None], bank.coarse[0].side, 1).amax()) < FAINT**2:
         return []
     paper = halve(canvas.paper[None])[0]
     best = torch.full((len(bank.keys),), -1.0)
@@ -167,25 +221,28 @@ def coarse_scores(bank: CoarseBank, subject: Tensor, paper: Tensor) -> tuple[Ten
     full = F.avg_pool2d(strength[None], n, 1)[0]
     rows, columns = torch.nonzero(full >= ENERGY * full.max(), as_tuple=True)
     across, own = (_project(x[None], n, bank.weight_basis)[rows, columns] for x in ((padded * ground).sum(0), strength))
-    need = _layer_energy(bank, ground)
-    need = need[rows, 0] if need.shape[1] == 1 else need[rows, columns]
+    need = _layer_energy(bank, ground, rows, columns)
     have = (1 - SPREAD) * (own @ bank.weight) + SPREAD * n * n * full[rows, columns, None]
     scores = _project(padded, n, bank.colour_basis)[rows, columns] @ bank.colour - across @ bank.alpha
     scores /= need.clamp_min_(0.001 * n * n).mul(have.clamp_min_(0.001 * n * n)).sqrt_()
     return scores, torch.stack([rows, columns], 1).float() * 2 - 2 * reach + n
 
 
-def _layer_energy(bank: CoarseBank, ground: Tensor) -> Tensor:
-    """``sum (a (T - B))^2`` of every template over background ``ground [3, H, W]``, per window: ``[rows, columns or 1, K]``.
+def _layer_energy(bank: CoarseBank, ground: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``sum (a (T - B))^2`` of every template over background ``ground [3, H, W]`` in the windows asked for: ``[P, K]``.
 
-    A background that only changes downwards (plain, horizon, gradient) needs one column of windows.
+    A background that only changes downwards (plain, horizon, gradient) needs one window a row.
     """
     n = bank.side
-    if float((ground - ground[..., :1]).abs().max()) < 1e-3:
-        ground = ground[..., :n]
-    tinted = _project(ground, n, bank.energy_basis) @ bank.tinted
-    bright = _project(ground.square().sum(0, keepdim=True), n, bank.weight_basis) @ bank.alpha_squared
-    return bank.energy - 2 * tinted + bright
+    even = float((ground - ground[..., :1]).abs().max()) < 1e-3
+    if even:
+        ground, columns = ground[..., :n], torch.zeros_like(columns)
+        rows, back = rows.unique(return_inverse=True)
+        columns = columns[: len(rows)]
+    tinted = _project(ground, n, bank.energy_basis)[rows, columns] @ bank.tinted
+    bright = _project(ground.square().sum(0, keepdim=True), n, bank.weight_basis)[rows, columns] @ bank.alpha_squared
+    energy = bank.energy - 2 * tinted + bright
+    return energy[back] if even else energy
 
 
 def _project(x: Tensor, n: int, basis: Tensor) -> Tensor:
@@ -270,7 +327,7 @@ def settle(bank: Bank, canvas: Canvas, shortlist: Sequence[Start], flips: bool) 
 def find(
     bank: Bank, picture: Tensor, paper: Paper, also: Iterable[int] = (), limit: int = 3, flips: bool = True
 ) -> list[Finding]:
-    """Up to ``limit`` subjects of ``picture [H, W, 3]`` in 0..1, best first, each in the residual of those before.
+    """Up to ``limit`` subjects of ``picture [H, W, 3]`` in 0..1, likest first, each in the residual of those before.
 
     ``also``: keys (indices) examined at every place whether or not the coarse search favours them.
     """
@@ -299,7 +356,7 @@ def _finding(bank: Bank, canvas: Canvas, best: _Best, here: Sequence[_Best]) -> 
     y0, y1 = int(rows[0]) / canvas.height, (int(rows[-1]) + 1) / canvas.height
     return Finding(
         key=bank.keys[best.key],
-        score=best.score,
+        score=strict(best.score, strength(bank, canvas, best)),
         box=(max(x0, 0.0), max(y0, 0.0), min(x1, 1.0), min(y1, 1.0)),
         centre=((x0 + x1) / 2, (y0 + y1) / 2),
         size=SIZES[best.size],

@@ -8,23 +8,28 @@ come back from encoding and decoding the sprite on mid grey, so that softness th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from studio.art.atlas import STYLES, concepts, known, sized
+from studio.art import atlas, looks
+from studio.art.atlas import STYLES, atlas_dir, concepts, known, sized
 from studio.art.looks import apply_look
+from studio.hashes import cache_folder
 
 SIZES = (22, 24, 27, 29, 32)
 """Longer sides of the templates in pixels, log-spaced around the trained 24..30."""
-COARSE = (1, 3)
-"""Indices into :data:`SIZES` that the coarse search uses."""
+COARSE = (2,)
+"""Indices into :data:`SIZES` that the coarse search uses: the middle one is as good as two. The exact search tries all."""
 PAD = 2
 """Margin of a template window around the sprite, in pixels: its ring shows the silhouette."""
 RING = 0.5
@@ -39,6 +44,37 @@ Drawing = tuple[str, str]
 """``(concept, style)``."""
 RoundTrip = Callable[[Tensor], Tensor]
 """Pictures ``[B, 3, H, W]`` in 0..1 through the VAE and back, same shape and range."""
+
+
+class AutoEncoder(Protocol):
+    """The part of ``AutoencoderKL`` used here."""
+
+    def encode(self, x: Tensor) -> object: ...
+
+    def decode(self, z: Tensor) -> object: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class VaeRoundTrip:
+    """Encoding (mode) and decoding by a VAE, for pictures in 0..1; ``digest`` tells its weights from any others."""
+
+    vae: AutoEncoder
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode()  # type: ignore[attr-defined]
+        decoded: Tensor = self.vae.decode(latents).sample  # type: ignore[attr-defined]
+        return (decoded / 2 + 0.5).clamp(0, 1)
+
+    @cached_property
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.detach().float().cpu().numpy().tobytes())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True, order=True)
@@ -120,42 +156,64 @@ def template(key: Key, size: int) -> np.ndarray:
 
 
 def build_bank(keys: Sequence[Key], roundtrip: RoundTrip | None = None, group: bool = True, cache: Path | None = None) -> Bank:
-    """Draw every template of ``keys``; 2394 keys take some seconds, with a VAE some minutes of one core.
+    """Draw every template of ``keys``; the whole atlas takes half a minute of one core, with a VAE a minute and a half.
 
-    ``cache``: a folder that keeps templates that went through a VAE, one file a VAE and set of keys.
+    Templates that went through a :class:`VaeRoundTrip` are kept in the folder ``cache`` (default: :func:`default_cache`), one
+    file of 30 MB or less for a VAE, an atlas and a set of keys.
     """
-    rgba = [torch.from_numpy(drawn) for drawn in _draw(keys)] if roundtrip is None else _cached(keys, roundtrip, cache)
+    if isinstance(roundtrip, VaeRoundTrip):
+        rgba, twins = _cached(keys, roundtrip, group, cache or default_cache())
+    else:
+        rgba, twins = _made(keys, roundtrip, group)
     weights = [matching_weight(drawn[..., 3]) for drawn in rgba]
     coarse = tuple(compress(rgba[i], weights[i]) for i in COARSE)
-    return Bank(tuple(keys), tuple(rgba), tuple(weights), coarse, equivalents(keys) if group else {})
+    return Bank(tuple(keys), tuple(rgba), tuple(weights), coarse, twins)
 
 
-def _draw(keys: Sequence[Key]) -> list[np.ndarray]:
-    return [np.stack([template(key, size) for key in keys]) for size in SIZES]
+Twins = dict[Drawing, frozenset[Drawing]]
 
 
-def _cached(keys: Sequence[Key], roundtrip: RoundTrip, folder: Path | None) -> list[Tensor]:
-    """Templates through the VAE, from ``folder`` when this VAE's are there."""
-    drawn = _draw(keys)
-    digest = hashlib.sha256(repr((keys, SIZES, PAD)).encode())
-    for part in (*drawn, _probe(roundtrip, drawn[-1][:4])):
-        digest.update(part.tobytes())
-    path = folder / f"templates-{digest.hexdigest()[:16]}.npz" if folder else None
-    if path and path.is_file():
+def _made(keys: Sequence[Key], roundtrip: RoundTrip | None, group: bool) -> tuple[list[Tensor], Twins]:
+    """Templates of all sizes and the drawings one cannot tell apart."""
+    rgba = [torch.from_numpy(np.stack([template(key, size) for key in keys])) for size in SIZES]
+    twins = equivalents(keys) if group else {}
+    return rgba if roundtrip is None else [through(part, roundtrip) for part in rgba], twins
+
+
+def default_cache() -> Path:
+    """Where banks are kept: ``judge`` in the user's cache folder of this product. May be deleted at any time."""
+    return cache_folder() / "judge"
+
+
+def _cached(keys: Sequence[Key], roundtrip: VaeRoundTrip, group: bool, folder: Path) -> tuple[list[Tensor], Twins]:
+    """:func:`_made`, from ``folder`` when what this VAE makes of this atlas is there."""
+    digest = hashlib.sha256(repr((roundtrip.digest, atlas_digest(), keys, group)).encode()).hexdigest()
+    path = folder / f"bank-{digest[:16]}.npz"
+    if path.is_file():
         with np.load(path, allow_pickle=False) as kept:
-            return [torch.from_numpy(kept[str(size)]) for size in SIZES]
-    rgba = [through(torch.from_numpy(part), roundtrip) for part in drawn]
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new.npz")
-        np.savez_compressed(fresh, **{str(size): part.numpy() for size, part in zip(SIZES, rgba, strict=True)})  # type: ignore[arg-type]
-        fresh.replace(path)
-    return rgba
+            pairs = json.loads(str(kept["twins"]))
+            return [torch.from_numpy(kept[str(size)]) for size in SIZES], {
+                (a, b): frozenset((c, d) for c, d in others) for (a, b), others in pairs
+            }
+    rgba, twins = _made(keys, roundtrip, group)
+    parts = {str(size): part.numpy() for size, part in zip(SIZES, rgba, strict=True)}
+    parts["twins"] = np.array(json.dumps([(one, sorted(others)) for one, others in sorted(twins.items())]))
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f"{path.stem}.{os.getpid()}.npz"
+    np.savez_compressed(fresh, **parts)  # type: ignore[arg-type]
+    fresh.replace(path)
+    return rgba, twins
 
 
-def _probe(roundtrip: RoundTrip, drawn: np.ndarray) -> np.ndarray:
-    """What a VAE makes of a few templates, coarsely rounded: tells VAEs apart, not threads."""
-    return (through(torch.from_numpy(drawn), roundtrip).numpy() // 16).astype(np.uint8)
+@lru_cache(maxsize=1)
+def atlas_digest() -> str:
+    """SHA-256 of the committed art and of the code that draws templates from it."""
+    art = [path for path in sorted(atlas_dir().iterdir()) if path.suffix in {".webp", ".json"}]
+    code = [Path(str(module)) for module in (atlas.__file__, looks.__file__, __file__)]
+    found = hashlib.sha256()
+    for path in (*art, *code):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from studio.art.backgrounds import PHRASES as BACKGROUNDS
 from studio.art.scenes import Placement, Scene, mirrored, render
 from studio.errors import FileError, RequestError
 from tests.bench import gate, miniclip
-from tests.bench.judge import Judge, Wanted, as_pixels, in_place
-from tests.bench.matching import Canvas, exact, find, mask_of
+from tests.bench.judge import Judge, Wanted, as_pixels, in_place, vae_roundtrip
+from tests.bench.labels import __main__ as labels
+from tests.bench.matching import STRONG, WEAK, Canvas, exact, find, mask_of, refine, strength, strict
 from tests.bench.papers import estimate
-from tests.bench.reliability import absent_samples, blurred, presence_scores, recall, true_samples
+from tests.bench.reliability import absent_samples, blurred, counterpart, presence_scores, recall, true_samples
 from tests.bench.sheets import contact_sheet
-from tests.bench.templates import SIZES, Key, build_bank, equivalents, make_keys, window_side
+from tests.bench.templates import SIZES, Key, build_bank, default_cache, equivalents, make_keys, window_side
 
 NAMES = ("frog", "pig", "car", "apple", "rocket", "castle", "octopus", "cactus", "whale", "whale (2)", "key", "camera")
 FROG = Placement("frog", "3d", 16, 33, 28)
@@ -98,7 +100,7 @@ def test_hybrid_is_confused(judge: Judge) -> None:
         share = (low + high) / 2
         mixed = share * frog + (1 - share) * pig
         finding = judge.findings(mixed, asked, limit=1)[0][0]
-        ahead = finding.score_of(Key("frog", "3d")) > finding.score_of(Key("pig", "3d"))
+        ahead = finding.likeness(Key("frog", "3d")) > finding.likeness(Key("pig", "3d"))
         low, high = (low, share) if ahead else (share, high)
     unsure = Judge(judge.bank, tau=finding.score + 0.01)
     judgement = unsure.verdicts(mixed, asked)
@@ -133,6 +135,28 @@ def test_place_rules() -> None:
 def test_ghosts_do_not_count(judge: Judge) -> None:
     ghost = 0.2 * drawn(FROG) + 0.8 * drawn()
     assert judge.verdicts(ghost, [Wanted("frog", "3d")]).kinds == ("vanished",)
+
+
+def test_soft_pictures_count_and_smears_and_blends_do_not(judge: Judge) -> None:
+    pig = Placement("pig", "3d", 16, 33, 28)
+    frog = drawn(FROG)
+    pictures = {"soft": blurred(frog, 0.8), "smear": blurred(frog, 3.0), "blend": 0.5 * frog + 0.5 * drawn(pig)}
+    found = {name: judge.findings(picture)[0][0] for name, picture in pictures.items()}
+    assert found["soft"].score > 0.95 * found["soft"].rivals[0][1] > judge.tau
+    for name in ("smear", "blend"):
+        assert found[name].score < judge.tau < found[name].rivals[0][1], name
+
+
+def test_being_a_pixel_off_costs_no_strength() -> None:
+    bank = build_bank(make_keys(("frog",), ("3d",)), group=False)
+    picture = drawn(FROG)
+    canvas = Canvas(picture, estimate(picture).pixels)
+    (best,) = refine(bank, canvas, [(0, 33.0, 16.0, 3, False)], reach=4)
+    straight = strength(bank, canvas, best)
+    assert straight == pytest.approx(1.0, abs=0.1)
+    assert strength(bank, canvas, replace(best, left=best.left + 1)) == pytest.approx(straight, abs=0.05)
+    assert strength(bank, canvas, replace(best, left=best.left + 4)) < 0.8 * straight
+    assert strict(0.9, 1.0) == strict(0.9, STRONG) == 0.9 and strict(0.9, WEAK) == 0.0
 
 
 def test_every_background_is_named() -> None:
@@ -190,22 +214,34 @@ def test_templates_through_the_vae_fit_decoded_pictures_better() -> None:
     assert same.findings(picture)[0][0].score == pytest.approx(plain.findings(picture)[0][0].score, abs=0.01)
 
 
-def test_templates_of_one_vae_are_kept(tmp_path: Path) -> None:
-    calls = []
+class Shifting(torch.nn.Module):
+    """Stands in for a VAE: the latents are the picture, decoding adds a number."""
 
-    def counted(pictures: Tensor, shift: float = 0.0) -> Tensor:
-        calls.append(len(pictures))
-        return pictures + shift
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.tensor(shift))
+        self.calls = 0
 
-    keys = make_keys(("frog", "car"))
-    first = build_bank(keys, counted, cache=tmp_path)
-    made = sum(calls)
-    calls.clear()
-    again = build_bank(keys, counted, cache=tmp_path)
-    assert sum(calls) < made
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x))
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        self.calls += 1
+        return SimpleNamespace(sample=z + self.shift)
+
+
+def test_templates_of_one_vae_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keys = make_keys(("whale", "whale (2)"), ("cartoon",))
+    first = build_bank(keys, vae_roundtrip(Shifting(0.2)))
+    again = build_bank(keys, vae_roundtrip(same := Shifting(0.2)))
+    assert same.calls == 0
     assert all(torch.equal(a, b) for a, b in zip(first.rgba, again.rgba, strict=True))
-    build_bank(keys, lambda pictures: counted(pictures, 0.1), cache=tmp_path)
-    assert len(list(tmp_path.glob("*.npz"))) == 2
+    assert again.equivalents == first.equivalents and len(first.equivalents) == 2
+    other = build_bank(keys, vae_roundtrip(Shifting(0.0)))
+    assert float(first.rgba[0].float().mean()) > float(other.rgba[0].float().mean()) + 1
+    assert len(list(default_cache().glob("bank-*.npz"))) == 2
+    assert default_cache().is_relative_to(tmp_path)
 
 
 def test_any_picture_type_is_the_same_picture() -> None:
@@ -253,8 +289,29 @@ def test_gate_counts_what_the_generator_draws(tmp_path: Path) -> None:
 
 
 def test_gate_refuses_a_folder_without_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"model_index.json"):
+    with pytest.raises(FileError, match=r"model_index\.json"):
         gate.stock_generator(tmp_path, 2, 1.0)
+
+
+def test_blends_are_of_two_unlike_subjects_of_like_weight() -> None:
+    other = counterpart(FROG, "blue", ("frog", "pig", "car", "apple", "rocket", "castle"), np.random.default_rng(0))
+    assert other.concept != "frog" and replace(other, concept="frog") == FROG
+    mine, layer = ((drawn(item) - drawn()).flatten() for item in (FROG, other))
+    assert 0.5 <= float(layer.square().sum() / mine.square().sum()) <= 2
+    assert float(torch.nn.functional.cosine_similarity(mine, layer, dim=0)) < 0.3
+
+
+def test_labels_fit_their_pictures(judge: Judge) -> None:
+    read = labels.read_labels()
+    assert len(read) == 240 and sum(len(label.seen) for label in read) > 300
+    assert sum(path.stat().st_size for path in labels.HERE.glob("*.webp")) <= 150_000
+    whole = [frozenset(label.asked) for label in read]
+    assert labels.agreement(read, [label.seen for label in read])[0].value == 1
+    asked = labels.agreement(read, whole)
+    assert 0.8 < asked[0].value < 1 and 0.8 < asked[1].value < 1
+    assert labels.agreement(read, [frozenset() for _ in read])[1].value == 0
+    label = replace(read[0], pixels=render(Scene((FROG, CAR), "blue")).image, asked=("frog",), seen=frozenset({"car"}))
+    assert labels.judged(judge, label)[1] == {"frog", "car"}
 
 
 def test_contact_sheet_frames_failures() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from compose.bank import Adapter, LoraBank
 from compose.denoise import denoise
 from compose.run import Method
-from compose.text import Encoded, encode_pair
+from compose.text import Encoded, Wording, encode_pair
 from studio.base import Base
 
 Sample = Callable[..., Tensor]
@@ -32,6 +32,7 @@ def sample(base: Base) -> Sample:
             uncond, cond = encode_pair(base, [prompt], [negative])
             return uncond.rows(rows), cond.rows(rows)
 
+        settings.setdefault("wording", Wording(prompt=prompt, negative=negative))
         fuse = None if method is None else method.fuse
         with LoraBank.on(base, adapters, fuse=fuse) as bank:
             return denoise(base, *encode(), seeds=seeds, method=method, bank=bank, encode=encode, **settings)

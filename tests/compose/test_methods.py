@@ -16,7 +16,7 @@ from compose.denoise import guide
 from compose.run import Method, Run, Step
 from compose.separate import chunks
 from compose.switch import Switch, active, turn_length
-from compose.text import encode_pair
+from compose.text import Wording, encode_pair
 from studio.base import Base
 from studio.errors import RequestError, UnknownNameError
 from studio.lora.model import Lora
@@ -109,7 +109,16 @@ def test_switch_says_which_lora_it_never_reaches(base: Base, three: list[Adapter
     assert notes == ["2 steps with turns of 1 never reach LoRA 'three': take more steps"]
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+EVERYWHERE = sorted(name for name in METHODS if method_named(name).regions != "required")
+"""Methods that need no regions."""
+NEEDED: dict[str, dict[str, Any]] = {
+    "clora": {"nouns": {"one": "red", "two": "apple"}}, "cmlora": {"order": "rotation"},
+    "attend": {"words": "apple", "thresholds": {}},
+}  # fmt: skip
+"""What some cannot know of these LoRAs and this prompt."""
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_no_lora_is_the_stock_model(sample: Sample, three: list[Adapter], name: str) -> None:
     plain = sample(None)
     assert torch.equal(sample(method_named(name)), plain)
@@ -117,27 +126,27 @@ def test_no_lora_is_the_stock_model(sample: Sample, three: list[Adapter], name: 
     assert torch.equal(sample(method_named(name), off), plain)
 
 
-EXACT: dict[str, dict[str, Any]] = {"merge": {}, "switch": {}, "composite": {}, "cmlora": {"cache": "no"}}
+EXACT: dict[str, dict[str, Any]] = {"cmlora": {"cache": "no"}, "attend": {"step": 0}}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", [name for name in EVERYWHERE if name != "masked"])
 def test_one_lora_is_plain_inference_with_it(sample: Sample, three: list[Adapter], name: str) -> None:
     for guidance in (4.0, 1.0):
-        got = sample(method_named(name, **EXACT[name]), three[:1], guidance=guidance)
+        got = sample(method_named(name, **EXACT.get(name, {})), three[:1], guidance=guidance)
         torch.testing.assert_close(got, sample(None, three[:1], guidance=guidance), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["switch", "composite", "cmlora"])
 def test_equal_loras_are_one_and_zero_ones_nothing(sample: Sample, three: list[Adapter], name: str) -> None:
-    options = {**EXACT[name], **({"order": "rotation"} if name == "cmlora" else {})}
+    options = {**EXACT.get(name, {}), **({"order": "rotation"} if name == "cmlora" else {})}
     same = [Adapter(f"copy {i}", three[1].lora, 1.0) for i in range(3)]
     torch.testing.assert_close(sample(method_named(name, **options), same), sample(None, same[:1]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", [name for name in EVERYWHERE if name != "masked"])
 def test_a_lora_of_weight_zero_is_as_if_it_were_not_named(sample: Sample, three: list[Adapter], name: str) -> None:
     more = [three[0], Adapter("off", three[2].lora, 0.0), three[1]]
-    options = {"order": "rotation"} if name == "cmlora" else {}
+    options = NEEDED.get(name, {})
     torch.testing.assert_close(
         sample(method_named(name, **options), more), sample(method_named(name, **options), three[:2]), atol=1e-4, rtol=1e-4
     )
@@ -160,18 +169,19 @@ def test_an_acceleration_lora_stays_on_in_every_pass(
     torch.testing.assert_close(lone, sample(None, [fast], **settings), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", [name for name in EVERYWHERE if name != "masked"])
 def test_the_route_is_as_before_after_a_run_and_after_an_error(
     base: Base, three: list[Adapter], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compose.denoise import denoise
 
-    method = method_named(name, **({"order": "rotation"} if name == "cmlora" else {}))
+    method = method_named(name, **NEEDED.get(name, {}))
     blocks = [base.unet, *base.unet.down_blocks, base.unet.mid_block, *base.unet.up_blocks]
-    with LoraBank.on(base, three, fuse=method.fuse) as bank:
-        bank.route = before = torch.full((1, 1, 1, 1, 1, 3), 0.5)
+    with LoraBank.on(base, three[:2], fuse=method.fuse) as bank:
+        bank.route = before = torch.full((1, 1, 1, 1, 1, 2), 0.5)
         negative, positive = encode_pair(base, ["a red apple"], ["night"])
         settings: dict[str, Any] = {"seeds": [0], "size": (32, 32), "steps": 3, "guidance": 3.0, "scheduler": "ddim"}
+        settings["wording"] = Wording(prompt="a red apple", negative="night")
         denoise(base, negative, positive, method=method, bank=bank, **settings)
         assert bank.route is before
         with pytest.raises(ZeroDivisionError):
@@ -184,7 +194,7 @@ def test_the_route_is_as_before_after_a_run_and_after_an_error(
 def test_names_and_options_are_checked(three: list[Adapter]) -> None:
     with pytest.raises(UnknownNameError, match="unknown method 'swich': did you mean 'switch'"):
         method_named("swich")
-    with pytest.raises(UnknownNameError, match="unknown setting 'tua': did you mean 'tau'"):
+    with pytest.raises(UnknownNameError, match="unknown option of method 'switch' 'tua': did you mean 'tau'"):
         method_named("switch", tua=3)
     with pytest.raises(RequestError, match="tau: input should be greater than or equal to 1, got '0'"):
         method_named("switch", tau="0")

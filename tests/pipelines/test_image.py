@@ -82,7 +82,7 @@ def test_rerun_makes_the_same_pixels(quick: dict[str, Any], tmp_path: Path, cat:
 
 
 def test_png_carries_what_made_it(quick: dict[str, Any], tmp_path: Path, cat: str, base: Base) -> None:
-    (path,) = generate("a cat", negative="night", loras=[(cat, 0.5)], **quick).save(tmp_path / "x.png")
+    (path,) = generate("a cat", negative="night", loras=[(cat, 0.5)], triggers="keep", **quick).save(tmp_path / "x.png")
     with Image.open(path) as image:
         told, text = json.loads(image.text["studio"]), image.text["parameters"]
     assert told["request"]["prompt"] == "a cat"
@@ -155,10 +155,20 @@ def test_embeddings_clip_skip_and_vae_are_recorded(quick: dict[str, Any], tmp_pa
     assert note == "no prompt calls the embedding 'fluffy': write 'fluffy' where it should act"
 
 
-def test_a_missing_trigger_is_said_not_inserted(quick: dict[str, Any], cat: str) -> None:
+def test_a_missing_trigger_is_added_and_said(quick: dict[str, Any], cat: str, tmp_path: Path) -> None:
     result = generate("a cat, sks", loras=[cat], **quick)
-    assert result.notes == [f"the prompt lacks the trigger 'sks cat' of LoRA '{cat}': add it to see what the LoRA was taught"]
-    assert result.request.prompt == "a cat, sks"
+    (note,) = result.notes
+    assert note == f"the prompt lacked the trigger 'sks cat' of LoRA '{cat}': 'sks cat' was added at its end"
+    assert (result.request.prompt, result.request.triggers) == ("a cat, sks, sks cat", "keep")
+    (path,) = result.save(tmp_path / "x.png")
+    again = rerun(path)
+    assert again.notes == []
+    assert np.array_equal(pixels(again.images[0]), pixels(result.images[0]))
+    kept = generate("a cat, sks", loras=[cat], triggers="keep", **quick)
+    assert (kept.notes, kept.request.prompt) == ([], "a cat, sks")
+    assert abs(pixels(kept.images[0]) - pixels(result.images[0])).max() > 2
+    with pytest.raises(RequestError, match="lacks the trigger 'sks cat'"):
+        generate("a cat, sks", loras=[cat], triggers="require", **quick, on_step=lambda event: pytest.fail("sampled"))
     assert generate("A SKS Cat, left", loras=[cat], **quick).notes == []
     assert generate("A (SKS Cat:1.1), left", loras=[cat], **quick).notes == []
 

@@ -214,6 +214,48 @@ def motion(prefix: str = "") -> Dump:
     return dump
 
 
+def motion_director() -> Dump:
+    """MotionDirector for AnimateDiff: the last word of every temporal layer gets the ``_lora``, numbers too."""
+    dump = Dump("motion")
+    block = "down_blocks.1.motion_modules.0.transformer_blocks.0"
+    theirs = "down_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0"
+    for ours, home, leaf, shape in (
+        ("attn1.to_q", "attention_blocks.0", "to_q", (8, 8)),
+        ("attn2.to_out.0", "attention_blocks.1.to_out", "0", (8, 8)),
+        ("ff.net.0.proj", "ff.net.0", "proj", (64, 8)),
+        ("ff.net.2", "ff.net", "2", (8, 32)),
+    ):
+        layer = Layer(f"unet.{block}.{ours}", "", "", shape)
+        lora(dump, layer.module, f"{theirs}.{home}.processor.{leaf}_lora", layer, (".down.weight", ".up.weight"))
+    return dump
+
+
+def motion_director_spatial() -> Dump:
+    """MotionDirector's spatial part, in the names of attention processors, also where there is none."""
+    dump = Dump("processor")
+    keys = (
+        "down_blocks.0.attentions.1.transformer_blocks.0.attn1.processor.to_q_lora",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora",
+        "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora",
+        "up_blocks.2.attentions.1.transformer_blocks.0.ff.net.0.proj_lora",
+        "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2_lora",
+    )
+    for layer, key in zip(UNET, keys, strict=True):
+        lora(dump, layer.module, key, layer, (".down.weight", ".up.weight"))
+    return dump
+
+
+def one_trainer() -> Dump:
+    """OneTrainer's newer layout: short prefixes before the original names."""
+    dump = Dump("diffusers")
+    for layer in UNET + CONVOLUTIONS + OTHERS:
+        lora(dump, layer.module, f"unet.{layer.ldm}", layer, KOHYA, alpha=2.0)
+    for layer in TEXT:
+        for short, component in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
+            lora(dump, f"{component}.{layer.module}", f"{short}.text_model.{layer.module}", layer, KOHYA, alpha=2.0)
+    return dump
+
+
 def normed(weight: Tensor, magnitude: Tensor, axis: int) -> Tensor:
     """Each slice of ``weight`` along ``axis`` scaled to the length ``magnitude`` names."""
     scaled = weight.clone()
@@ -342,6 +384,9 @@ DUMPS: dict[str, Callable[[], Dump]] = {
     "ComfyUI": comfy,
     "MotionLoRA": motion,
     "MotionLoRA, distributed": lambda: motion("module."),
+    "MotionDirector": motion_director,
+    "MotionDirector, spatial": motion_director_spatial,
+    "OneTrainer": one_trainer,
     "DoRA, per output": lambda: dora("output"),
     "DoRA, per input": lambda: dora("input"),
     "DoRA, PEFT": lambda: dora("peft"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,11 @@ def open_clip_tensors(encoder: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def write_checkpoint(path: Path, models: dict[str, Any], metadata: dict[str, str] | None = None, **more: Tensor) -> Path:
-    """One file with ``unet``, ``text_encoder``, ``vae`` and, for SDXL, ``text_encoder_2``; as most are, in half precision."""
+def checkpoint_tensors(models: dict[str, Any]) -> dict[str, Tensor]:
+    """``unet``, ``text_encoder``, ``vae`` and, for SDXL, ``text_encoder_2`` under the names of one file."""
     xl = "text_encoder_2" in models
     first = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."
-    tensors = {**unet_tensors(models["unet"]), "model_ema.decay": torch.ones(())}
+    tensors = unet_tensors(models["unet"])
     tensors |= {first + name: tensor for name, tensor in clip_tensors(models["text_encoder"]).items()}
     if "vae" in models:
         tensors |= {VAE + name: tensor for name, tensor in vae_tensors(models["vae"]).items()}
@@ -94,9 +95,36 @@ def write_checkpoint(path: Path, models: dict[str, Any], metadata: dict[str, str
             "conditioner.embedders.1.model." + name: tensor
             for name, tensor in open_clip_tensors(models["text_encoder_2"]).items()
         }
+    return tensors
+
+
+def write_checkpoint(path: Path, models: dict[str, Any], metadata: dict[str, str] | None = None, **more: Tensor) -> Path:
+    """One file with all of ``models``; as most are, in half precision."""
+    tensors = {**checkpoint_tensors(models), "model_ema.decay": torch.ones(())}
     half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in {**tensors, **more}.items()}
     save_file(half, path, metadata)
     return path
+
+
+def write_marked(path: Path, shapes: dict[str, torch.Size]) -> dict[str, tuple[float, float]]:
+    """A file of half-precision zeros with these names and shapes, of which the disk holds next to nothing.
+
+    Returns what each tensor with two numbers or more begins with, another pair for every name; small whole numbers, which
+    every format holds exactly.
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    marks = {name: (index // 64 + 1.0, index % 64 + 1.0) for index, name in enumerate(shapes) if shapes[name].numel() > 1}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, pair in marks.items():
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])  # type: ignore[index]
+            file.write(struct.pack("<2e", *pair))
+        file.truncate(8 + len(text) + end)
+    return marks
 
 
 NARROW: dict[str, dict[str, Any]] = {

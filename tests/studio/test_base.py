@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
-from studio.base import Base, load_base, locate, weights_sha256
+from studio.base import PICKLES, Base, load_base, locate, weights_sha256
 from studio.errors import FileError, RequestError, UnknownNameError, UnsafeFileError
 from studio.family import detect
 from studio.hashes import cache_folder
@@ -54,6 +55,21 @@ def test_unreachable_hub_is_one_sentence() -> None:
         locate("someone/some-model")
 
 
+def test_a_hub_id_is_fetched_without_its_pickles(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tiny_base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_base("someone/some-model", device="cpu").sha256 == weights_sha256(tiny_base)
+    ((name, patterns),) = asked
+    assert name == "someone/some-model"
+    assert not any(fnmatch(f"unet/diffusion_pytorch_model{ending}", p) for ending in PICKLES for p in patterns)
+    assert any(fnmatch("unet/diffusion_pytorch_model.safetensors", pattern) for pattern in patterns)
+
+
 def test_pickles_are_refused_whatever_the_rest(tiny_base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "pickled"
     shutil.copytree(tiny_base, copy)
@@ -68,6 +84,43 @@ def test_damaged_weights_are_one_sentence(tiny_base: Path, tmp_path: Path) -> No
     (copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 64)
     with pytest.raises(FileError, match="cannot load the base in"):
         load_base(copy, device="cpu")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("part", ["tokenizer", "scheduler", "text_encoder", "vae"])
+def test_a_folder_that_lacks_a_part_is_one_sentence(tiny_base: Path, tmp_path: Path, part: str) -> None:
+    copy = tmp_path / "half"
+    shutil.copytree(tiny_base, copy)
+    shutil.rmtree(copy / part)
+    with pytest.raises(FileError, match=f"is no whole base: it has no folder {part}$"):
+        load_base(copy, device="cpu")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("unet/config.json", '{"block_out_channels": 5}'),
+        ("text_encoder/config.json", "[]"),
+        ("text_encoder/config.json", '{"hidden_size": "wide"}'),
+        ("vae/config.json", '{"block_out_channels": "x"}'),
+        ("vae/config.json", "[]"),
+        ("scheduler/scheduler_config.json", "[]"),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": 3}'),
+        ("tokenizer/tokenizer_config.json", "[]"),
+        ("tokenizer/tokenizer.json", "{}"),
+        ("studio.json", '{"family": []}'),
+    ],
+)
+def test_damaged_configurations_are_one_sentence(tiny_base: Path, tmp_path: Path, file: str, text: str) -> None:
+    copy = tmp_path / "damaged"
+    shutil.copytree(tiny_base, copy)
+    assert (copy / file).is_file()
+    (copy / file).write_text(text)
+    with pytest.raises((FileError, RequestError)) as caught:
+        load_base(copy, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert "huggingface" not in str(caught.value)
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,19 +19,19 @@ from studio.checkpoint import identify, read_vae
 from studio.clip import clip_tokenizer
 from studio.errors import DamagedFileError, FileError, PickleRefusedError, RequestError, UnknownFormatError, UnknownNameError
 from studio.hashes import sha256_of
-from tests.studio.original_layout import narrow_configs, random_models, vae_tensors, write_checkpoint
+from tests.studio.original_layout import (
+    checkpoint_tensors,
+    narrow_configs,
+    random_models,
+    vae_tensors,
+    write_checkpoint,
+    write_marked,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a socket was asked for")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +220,14 @@ def test_missing_weights_are_one_sentence(files: dict[str, Path], tmp_path: Path
         ({"other": (1, 1)}, "is no checkpoint known here"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4), "cond_stage_model.model.x": (1, 1)}, "Stable Diffusion 2"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4), "conditioner.embedders.0.model.x": (1, 1)}, "refiner"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9), "cond_stage_model.transformer.x": (1, 1)}, "inpainting"),
+        (
+            {"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3), "cond_stage_model.transformer.x": (1, 1)},
+            "inpainting",
+        ),
+        (
+            {"model.diffusion_model.input_blocks.0.0.weight": (8,), "cond_stage_model.transformer.x": (1,)},
+            "no text-to-image model",
+        ),
     ],
 )
 def test_other_files_are_named_for_what_they_are(tmp_path: Path, tensors: dict[str, tuple[int, int]], reason: str) -> None:
@@ -238,10 +244,16 @@ def test_pickles_and_cut_files_are_refused(files: dict[str, Path], tmp_path: Pat
     (tmp_path / "cut.safetensors").write_bytes(files["sd15"].read_bytes()[:-1000])
     with pytest.raises(DamagedFileError, match="cut short"):
         load_base(tmp_path / "cut.safetensors")
-    tensors = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, dtype=torch.int8)}
-    save_file({**tensors, "cond_stage_model.transformer.x": torch.zeros(1)}, tmp_path / "q.safetensors")
-    with pytest.raises(UnknownFormatError, match="is quantised"):
-        load_base(tmp_path / "q.safetensors")
+    first, text = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x.weight"
+    whole, plain, scale = torch.zeros(8, 4, 3, 3, dtype=torch.int8), torch.zeros(8, 4, 3, 3), torch.ones(1)
+    for tensors in (
+        {first: whole, text: scale},
+        {first: plain, text: whole},
+        {first: plain, text: scale, "model.diffusion_model.out.2.scale_weight": scale.clone()},
+    ):
+        save_file(tensors, tmp_path / "q.safetensors")
+        with pytest.raises(UnknownFormatError, match="is quantised"):
+            load_base(tmp_path / "q.safetensors")
 
 
 def test_names_below_the_model_path(files: dict[str, Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +300,47 @@ def test_the_real_shapes_of_stable_diffusion_1_5(tmp_path: Path) -> None:
     assert encoded.states.shape == (1, 77, 768)
     assert out.shape == (1, 4, 16, 16)
     assert out.isfinite().all()
+    forget_bases()
+
+
+@pytest.mark.slow
+def test_the_real_shapes_of_sdxl(tmp_path: Path) -> None:
+    """Every tensor of a file with SDXL's own names and shapes arrives where it belongs. About ten gigabytes of memory."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = studio.checkpoint.configs() / "sdxl"
+    with init_empty_weights():
+        models: dict[str, Any] = {
+            "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+            "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2")),
+        }
+    counts = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
+    assert counts == {
+        "unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840,
+    }  # fmt: skip
+    shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(models).items()}
+    marks = write_marked(tmp_path / "real.safetensors", shapes)
+    assert len(shapes) == 2515
+    del models
+    base = load_base(tmp_path / "real.safetensors", device="cpu", dtype="bf16")
+    assert base.family.name == "sdxl"
+    found = checkpoint_tensors({**base.models(), "vae": base.vae})
+    wrong = [
+        name
+        for name, pair in marks.items()
+        if not name.endswith("position_ids") and tuple(found[name].flatten()[:2].tolist()) != pair
+    ]
+    assert wrong == []
+
+    from compose.text import encode
+
+    encoded = encode(base, ["a photo of a (cat:1.2)"])
+    assert encoded.states.shape == (1, 77, 768 + 1280)
+    assert encoded.pooled is not None and encoded.pooled.shape == (1, 1280)
     forget_bases()
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from studio.infotext import hashes, parse, write
@@ -42,6 +44,37 @@ def test_round_trip(prompt: str, negative: str) -> None:
     settings = {"Steps": "20", "Model": 'x, "y": \\z', "Size": "64x64", "Lora hashes": "a: 01234567, b c: abcdef12"}
     found = parse(write(prompt, negative, [], settings))
     assert (found.prompt, found.negative, dict(found.settings)) == (prompt, negative, settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "negative", "some"),
+    [
+        ("Steps: 20, Sampler: Euler, CFG scale: 7", "", "", {"Steps": "20"}),
+        ("a\r\nNegative prompt: b\r\nSteps: 20, Sampler: Euler, CFG scale: 7", "a", "b", {"CFG scale": "7"}),
+        ("a\nNegative prompt: \nSteps: 20, Sampler: Euler, Seed: , Size: ", "a", "", {"Seed": "", "Size": ""}),
+        ("a\nSteps: 20, Model: we:ird, Version: f2.0.1v1.10.1-previous", "a", "", {"Model": "we:ird"}),
+        ('a\nSteps: 9, Model: "x, \\"y\\"", Hires prompt: "q\\nw", CFG scale: 1', "a", "", {"Hires prompt": "q\nw"}),
+        ("a\nSteps: 30, Schedule type: Karras, Distilled CFG Scale: 3.5, Module 1: ae", "a", "", {"Module 1": "ae"}),
+    ],
+)
+def test_odd_values(text: str, prompt: str, negative: str, some: dict[str, str]) -> None:
+    found = parse(text)
+    assert (found.prompt, found.negative) == (prompt, negative)
+    assert some.items() <= found.settings.items()
+
+
+def test_hashes_that_are_none_are_passed_over() -> None:
+    assert hashes("gone: None, b c: 0123456789AB, d: 12") == {"b c": "0123456789ab"}
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 100_000, "a " * 50_000, 'a: "' * 20_000, "x" + " " * 100_000 + "x", "Negative prompt:\n" * 9000]
+)
+def test_long_texts_take_no_long_time(text: str) -> None:
+    started = time.process_time()
+    parse(text)
+    hashes(text)
+    assert time.process_time() - started < 2
 
 
 def test_a_text_without_settings_is_all_prompt() -> None:

@@ -100,6 +100,11 @@ def test_half_precision_alpha_and_weights_are_read(tmp_path: Path) -> None:
         ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "motion module"),
         ("unet.conv_in.lora_B.bias", "trains biases"),
         ("lora_te3_encoder_block_0_layer_0_SelfAttention_q.alpha", "third text encoder"),
+        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "is for a transformer .Wan"),
+        ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "is for a transformer .Wan"),
+        ("lora_prior_unet_down_blocks_0_11_attention_attn_to_q.alpha", "Stable Cascade"),
+        ("lora_unet_conv_in.a1.weight", "GLoRA"),
+        ("unet:0:up", "counts its layers instead of naming them"),
         ("something.else", "no LoRA format known"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -121,7 +122,11 @@ def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(path: Path) -> 
         (layer(), DATA + b"1", "belong to no tensor"),
         ({**layer(), "__metadata__": {"a": 1}}, DATA, "not a table of strings"),
         ({**layer(), "__metadata__": []}, DATA, "not a table of strings"),
-        ({**layer(), "x" * 401: layer().popitem()[1]}, DATA, "does not describe"),
+        ({**layer(), "__metadata__": {"a": "\ud800"}}, DATA, "characters that are no text"),
+        ({**layer(), "__metadata__": {"a\x1b[2J": "b"}}, DATA, "characters that are no text"),
+        ({**layer(), "\x1b[2J": layer().popitem()[1]}, DATA, r"'.x1b\[2J' is no name of a tensor"),
+        ({**layer(), "\ud800": layer().popitem()[1]}, DATA, "is no name of a tensor"),
+        ({**layer(), "x" * 401: layer().popitem()[1]}, DATA, "is no name of a tensor"),
     ],
 )  # fmt: skip
 def test_a_header_that_contradicts_itself_is_refused(header: Any, data: bytes, reason: str, path: Path) -> None:
@@ -161,6 +166,27 @@ def test_the_rank_is_capped_at_1024(path: Path) -> None:
         read_header(raw_file(path, layer(1025), bytes(2 * 1025 * 32)))
 
 
+def test_thin_factors_of_a_giant_are_refused(path: Path) -> None:
+    """A file of a few megabytes whose product would fill the memory."""
+    side = 2**18
+    for names in (("lora_down.weight", "lora_up.weight"), ("lokr_w1_b", "lokr_w1_a")):
+        parts: dict[str, Any] = {
+            f"{NAME}.{names[0]}": {"dtype": "U8", "shape": [1, side], "data_offsets": [0, side]},
+            f"{NAME}.{names[1]}": {"dtype": "U8", "shape": [side, 1], "data_offsets": [side, 2 * side]},
+        }
+        if "lokr" in names[0]:
+            parts[f"{NAME}.lokr_w2"] = {"dtype": "U8", "shape": [1, 1], "data_offsets": [2 * side, 2 * side + 1]}
+        text = json.dumps(parts).replace('"U8"', '"F8_E4M3"')
+        with pytest.raises(FileLimitError, match="larger than any of a known model"):
+            load_lora(raw_file(path, text.encode(), bytes(2 * side + len(parts) - 2)))
+
+
+def test_a_pipe_is_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(FileError, match="is a pipe"):
+        read_header(path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_are_refused(value: float, path: Path) -> None:
     dump = kohya()
@@ -188,8 +214,9 @@ def test_an_alpha_of_several_numbers_is_refused(path: Path) -> None:
 def test_weights_in_whole_numbers_are_refused(path: Path) -> None:
     with pytest.raises(UnknownFormatError, match="I32 numbers"):
         read_header(raw_file(path, layer(dtype="I32"), DATA))
-    with pytest.raises(UnknownFormatError, match="number format 'F4'"):
-        read_header(raw_file(path, layer(dtype="F4"), DATA))
+    for odd in ("F4", [], {}, None, 32):
+        with pytest.raises(UnknownFormatError, match="number format"):
+            read_header(raw_file(path, layer(dtype=odd), DATA))
 
 
 @pytest.mark.parametrize(

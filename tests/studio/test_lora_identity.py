@@ -51,6 +51,9 @@ def test_family_by_shapes(family: str, shapes: dict[str, tuple[int, ...]]) -> No
         ({"modelspec.architecture": "stable-diffusion-v1/lora"}, "sd15"),
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
         ({"studio.family": "embedded"}, "embedded"),
+        ({"ss_base_model_version": "sd_1.5"}, "sd15"),
+        ({"ss_base_model_version": "sdxl_"}, "sdxl"),
+        ({"studio.family": "\x1b[2J nice"}, "unknown"),
     ],
 )
 def test_where_shapes_do_not_tell_the_metadata_may(metadata: dict[str, str], family: str) -> None:
@@ -68,7 +71,8 @@ def test_shapes_win_over_claims() -> None:
     [
         ("kohya", {}, "sd-scripts"),
         ("kohya", {"ss_network_module": "lycoris.kohya"}, "LyCORIS"),
-        ("kohya", {"modelspec.implementation": "https://github.com/Nerogar/OneTrainer"}, "OneTrainer"),
+        ("kohya", {"ot_branch": "master", "ot_revision": "abc", "modelspec.implementation": "sgm"}, "OneTrainer"),
+        ("processor", {"model_type": "motion_director", "rank": "32"}, "MotionDirector"),
         ("diffusers", {"software": '{"name": "ai-toolkit"}'}, "ai-toolkit"),
         ("diffusers", {"studio.version": "1"}, "studio"),
         ("peft", {}, "PEFT"),

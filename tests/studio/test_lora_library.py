@@ -85,13 +85,23 @@ def test_requests_from_the_network_choose_by_name_only(name: str, tmp_path: Path
     assert find_lora("fox", names_only=True)
 
 
-def test_links_out_of_a_folder_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+def test_links_out_of_a_folder_pipes_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     secret = touch(tmp_path / "secret.safetensors")
     folder = tmp_path / "mine"
     touch(folder / ".hidden.safetensors")
     touch(folder / ".cache/x.safetensors")
     (folder / "link.safetensors").symlink_to(secret)
+    os.mkfifo(folder / "pipe.safetensors")
     assert set(list_loras([folder])) == {"fox"}
+
+
+def test_links_in_a_circle_are_no_crash(tmp_path: Path) -> None:
+    circle = tmp_path / "mine" / "circle.safetensors"
+    circle.parent.mkdir()
+    circle.symlink_to(circle)
+    assert set(list_loras([circle.parent])) == {"circle", "fox"}
+    (row,) = survey(circle.parent)
+    assert "symbolic links" in row.verdict
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\0b"])

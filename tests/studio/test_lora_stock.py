@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from studio.lora.dense import dense
-from studio.lora.files import check_against, load_lora, module_shapes
+from studio.lora.files import check_against, load_lora, module_shapes, read_header
 from studio.lora.model import Delta, Lora, LoraDelta
-from studio.lora.write import save_lora
+from studio.lora.names import module_key
+from studio.lora.write import Layout, save_lora
+from tests.studio.original_layout import narrow_configs, random_models
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONVOLUTIONS = ("conv1", "conv2", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
@@ -53,19 +55,44 @@ def random_lora(pipeline: Any, *, dora: bool = False, alpha: float = 3.0, text: 
     generator = torch.Generator().manual_seed(1)
     layers: dict[str, Delta] = {}
     wanted = {"unet": TARGETS + (CONVOLUTIONS if convolutions else ())} | ({"text_encoder": TEXT_TARGETS} if text else {})
+    if text and getattr(pipeline, "text_encoder_2", None) is not None:
+        wanted["text_encoder_2"] = TEXT_TARGETS
     for component, endings in wanted.items():
         for name, module in getattr(pipeline, component).named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d) or not name.endswith(endings):
                 continue
             out, into, *kernel = module.weight.shape
             rank = 2 if name.endswith(("to_q", "q_proj")) else 4
-            layers[f"{component}.{name}"] = LoraDelta(
+            layers[module_key(component, name)] = LoraDelta(
                 torch.randn(rank, into, *kernel, generator=generator) * 0.3,
                 torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * 0.3,
                 alpha,
                 torch.rand(out, generator=generator) + 0.5 if dora else None,
             )
     return Lora(layers)
+
+
+def make_xl_pipeline(configs: Path) -> Any:
+    """A narrow ``StableDiffusionXLPipeline`` with SDXL's own blocks, whose layers have SDXL's own names."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    tokenizers = {"tokenizer": None, "tokenizer_2": None}
+    return StableDiffusionXLPipeline(
+        **random_models(configs, "sdxl"), **tokenizers, scheduler=DDIMScheduler(), add_watermarker=False,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def xl_outputs(pipeline: Any) -> Tensor:
+    """UNet and both text encoders in one row of numbers."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        one = pipeline.text_encoder(torch.arange(77)[None]).last_hidden_state
+        two = pipeline.text_encoder_2(torch.arange(77)[None])
+        states = torch.cat([one, two.last_hidden_state], dim=-1)
+        added = {"text_embeds": two.text_embeds, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+        noise = torch.randn(1, 4, 8, 8, generator=generator)
+        sample = pipeline.unet(noise, torch.tensor([500]), states, added_cond_kwargs=added).sample
+        return torch.cat([sample.flatten(), one.flatten(), two.last_hidden_state.flatten()])
 
 
 def outputs(pipeline: Any) -> Tensor:
@@ -130,6 +157,31 @@ def test_our_kohya_layout_with_convolutions_in_stock_diffusers(pipeline: Any, tm
 def test_dora_in_our_diffusers_layout_in_stock_diffusers(pipeline: Any, tmp_path: Path) -> None:
     lora = random_lora(pipeline, dora=True, text=False)
     assert_stock_agrees(pipeline, save_lora(tmp_path / "a.safetensors", lora, "diffusers"), lora)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_both_layouts_of_sdxl_in_stock_diffusers(layout: Layout, tmp_path: Path) -> None:
+    configs = narrow_configs(tmp_path / "configs")
+    pipeline = make_xl_pipeline(configs)
+    lora = random_lora(pipeline, convolutions=False)
+    path = save_lora(tmp_path / "xl.safetensors", lora, layout)
+    assert read_header(path).family == "sdxl"
+    starts = {key.split("_0")[0].split("_4_")[0].partition(".")[0] for key in load_file(path)}
+    assert ("lora_unet_input_blocks" in starts, "lora_unet_down_blocks" in starts) == (layout == "kohya", False)
+    before = xl_outputs(pipeline)
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
+    got = xl_outputs(pipeline)
+
+    dense_one = make_xl_pipeline(configs)
+    with torch.no_grad():
+        for module, delta in lora.layers.items():
+            component, _, inside = module.partition(".")
+            model = getattr(dense_one, component)
+            weight = (model.text_model if component == "text_encoder_2" else model).get_submodule(inside).weight
+            weight += dense(delta, weight)
+    expected = xl_outputs(dense_one)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert (before - expected).abs().max() > 0.05
 
 
 def test_a_file_written_by_stock_diffusers_is_read(pipeline: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from itertools import pairwise
 
 import pytest
@@ -39,6 +40,14 @@ def pieces(text: str) -> list[tuple[str, float]]:
         ("(a:b)", [("a:b", UP)]),
         ("(a:1.2.3)", [("a:1.2.3", UP)]),
         ("([even])", [("even", 1)]),
+        ("([crossed)]", [("crossed", 1)]),
+        ("((((", []),
+        ("))] [[", [("))] ", 1)]),
+        ("(:1.2) () []", [("  ", 1)]),
+        ("(a:nan) (b:1e3) (c:1,2)", [("a:nan", UP), (" ", 1), ("b:1e3", UP), (" ", 1), ("c:1,2", UP)]),
+        ("(a:1.1:1.2)", [("a:1.1", 1.2)]),
+        (r"\(a\:1.2\)", [("(a:1.2)", 1)]),
+        ("(((a)))[[[b]]]", [("a", UP**3), ("b", DOWN**3)]),
     ],
 )
 def test_weights(text: str, expected: list[tuple[str, float]]) -> None:
@@ -51,6 +60,8 @@ def test_break_separates_sections_also_inside_brackets() -> None:
     assert parse("BREAK a").sections == ((), (Piece("a"),))
     assert parse("BREAKFAST and break").sections == ((Piece("BREAKFAST and break"),),)
     assert parse("a BREAK (b)").plain == "a b"
+    assert parse("BREAK BREAK").sections == ((), (), ())
+    assert parse("(BREAK:2) a").sections == ((), (Piece(" a"),))
 
 
 def random_texts(count: int) -> list[str]:
@@ -93,10 +104,27 @@ def test_weights_that_are_only_noise_are_refused() -> None:
         parse("(" * 60 + "cat")
 
 
+def test_texts_that_are_none_are_one_sentence() -> None:
+    with pytest.raises(RequestError, match=r"opens more than 200 brackets '\('"):
+        parse("(a" * 50_000)
+    with pytest.raises(RequestError, match="bytes that are no text"):
+        parse("a cat \udcff")
+
+
+def test_long_texts_take_no_long_time() -> None:
+    for text in ("[" * 190 + "|" * 50_000, "(a:1.0)" * 5000, "<lora:" * 20_000, "[a:" * 180 + "b" * 20_000):
+        started = time.process_time()
+        parse(text)
+        take_tags(text)
+        not_followed(text)
+        assert time.process_time() - started < 2
+
+
 def test_lora_tags_are_taken_out() -> None:
     assert take_tags("a cat <lora:ink style:0.8>") == ("a cat", (LoraTag("ink style", 0.8),))
     assert take_tags("<lora:a> x <LyCO:b:-1>") == ("x", (LoraTag("a", 1.0), LoraTag("b", -1.0)))
     assert take_tags("<lora:a:0.5:0.5><lora:b:te=0.3:unet=0.3>")[1] == (LoraTag("a", 0.5), LoraTag("b", 0.3))
+    assert take_tags("x < lora:a:1 > <lora: my style v1.0 : .5 >") == ("x < lora:a:1 >", (LoraTag("my style v1.0", 0.5),))
     assert take_tags("<lora:a:0.5> <lora:a:0.25>")[1] == (LoraTag("a", 0.75),)
     for plain in ("a <cat-toy> on grass ", "1 < 2 > 0", "<other:x:1>"):
         assert take_tags(plain) == (plain, ())
@@ -109,6 +137,11 @@ def test_lora_tags_are_taken_out() -> None:
         ("<lora:a:0.5:1>", "two weights"),
         ("<lora:a:1:1:1>", "is not <lora:NAME:WEIGHT>"),
         ("<lora:a:dyn=2>", "is not <lora:NAME:WEIGHT>"),
+        ("<lora:a:nan>", "must be a finite number"),
+        ("<lora:a:1e400>", "must be a finite number"),
+        ("<lora::1>", "is not <lora:NAME:WEIGHT>"),
+        ("<lora:a:0,8>", "'0,8' is no number"),
+        ("<lora:a:1:lbw=1,0>", "is not <lora:NAME:WEIGHT>"),
         ("<hypernet:a:1>", "hypernetwork"),
     ],
 )
@@ -119,4 +152,5 @@ def test_tags_that_cannot_be_followed_are_one_sentence(text: str, reason: str) -
 
 def test_notations_that_are_not_followed_are_said() -> None:
     assert len(not_followed("[cat:dog:0.5] and [x|y] AND z")) == 3
-    assert not_followed(r"[cat], (dog:1.2) \[a|b\] and [a:b]") == []
+    assert len(not_followed("[to: .5 ], [[in|ner]] [a::2]")) == 3
+    assert not_followed(r"[cat], (dog:1.2) \[a|b\] and [a:b] a:0.5] [a|") == []

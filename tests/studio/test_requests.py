@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from studio.errors import RequestError, UnknownNameError
 from studio.family import FAMILIES
-from studio.requests import GenerateRequest, LoraRef, as_request
+from studio.requests import GenerateRequest, LoraRef, Region, as_request
 
 
 def test_round_trip_through_json() -> None:
@@ -34,6 +35,12 @@ def test_unknown_key_offers_the_near_one() -> None:
         ({"prompt": "x", "loras": [""]}, "name"),
         ({"prompt": "x", "seed": -1}, "seed: .*got -1"),
         ({"prompt": "x", "version": 2}, "version"),
+        ({"prompt": "x", "strength": 0.5}, "strength 0.5 is given without a picture"),
+        ({"prompt": "x", "init_image": "a.png", "strength": 0}, "strength: .*got 0"),
+        ({"prompt": "x", "triggers": "maybe"}, "triggers: .*got 'maybe'"),
+        ({"prompt": "x", "regions": [{"loras": ["a"]}]}, "either a box or a mask"),
+        ({"prompt": "x", "regions": [{"loras": ["a"], "box": (0, 0, 1, 1), "mask": "m.png"}]}, "either a box or a mask"),
+        ({"prompt": "x", "regions": [{"loras": [], "box": (0, 0, 1, 1)}]}, "loras"),
     ],
 )
 def test_bad_values_are_one_sentence(fields: dict[str, object], sentence: str) -> None:
@@ -70,3 +77,39 @@ def test_changes_are_checked_like_new_requests() -> None:
     assert (changed.seed, changed.loras, changed.size) == (4, request.loras, (64, 64))
     with pytest.raises(RequestError, match="steps"):
         as_request(request, steps="many")
+
+
+def test_regions_as_text() -> None:
+    request = GenerateRequest.of(prompt="x", loras=["a", "b"], regions=["a:0.5+b@0,.25,0.5,1 = a=b @ sea", "b@my mask.png"])
+    first, second = request.regions
+    assert first == Region(
+        loras=(LoraRef(name="a", weight=0.5), LoraRef(name="b")), box=(0.0, 0.25, 0.5, 1.0), prompt="a=b @ sea"
+    )
+    assert (second.mask, second.box, second.prompt) == (Path("my mask.png"), None, None)
+    assert (first.place, second.place) == ("0,0.25,0.5,1", "my mask.png")
+    assert as_request(request.model_dump(mode="json")) == request
+    assert request.with_(init_image="a.png").pictures == (Path("a.png"), Path("my mask.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a", "is not NAME"),
+        ("@0,0,1,1", "is not NAME"),
+        ("a+@0,0,1,1", "is not NAME"),
+        ("a@", "is not NAME"),
+        ("a@0,0,1", "is not four numbers"),
+        ("a@x,0,1,1", "is not four numbers"),
+        ("a@0,0,nan,1", "finite"),
+        ("a@-0.1,0,1,1", "0 <= x0 < x1 <= 1"),
+        ("a@0,0,1,1.01", "y0 < y1 <= 1"),
+        ("a@0.5,0,0.5,1", "x0 < x1"),
+        ("a+a@0,0,1,1", "'a' of a region is named twice"),
+        ("a:inf@0,0,1,1", "LoRA 'a' has the weight inf"),
+    ],
+)
+def test_bad_regions_are_one_sentence_that_repeats_them(text: str, sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence) as caught:
+        GenerateRequest.of(prompt="x", regions=[text])
+    assert f"region '{text}'" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -89,6 +89,9 @@ def test_previews_come_after_saving_see_a_plain_base_and_change_nothing(configur
         {"gradient_checkpointing": True, "optimizer": "sgd", "schedule": "linear"},
         {"precision": "bf16", "save_precision": "fp32", "schedule": "constant"},
         {"epochs": 2, "repeats": 3},
+        {"train_text": "embedding", "precision": "bf16", "gradient_checkpointing": True, "optimizer": "adafactor"},
+        {"train_text": "embedding+lora", "prior": "consistency", "accumulation": 2, "schedule": "cosine_with_restarts"},
+        {"train_text": "embedding", "caption_dropout": 1.0},
     ],
     ids=lambda changes: "+".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -100,7 +103,7 @@ def test_options_train(configure: Configure, pictures: Path, changes: dict[str, 
     assert result.steps == (8 if "epochs" in changes else 4)
     assert all(loss == loss for loss in result.losses)
     components = read_header(result.path).components
-    assert ("text_encoder" in components) == (config.train_text == "lora")
+    assert ("text_encoder" in components) == config.text_lora
     moved = [float(delta.up.abs().max()) for delta in load_lora(result.path).layers.values()]  # type: ignore[union-attr]
     assert min(moved) > 0
 
@@ -109,6 +112,14 @@ def test_caching_and_checkpointing_change_nothing(configure: Configure) -> None:
     losses = train_concept(configure(), quiet).losses
     for changes in ({"cache_latents": False}, {"cache_text": False}, {"gradient_checkpointing": True}):
         assert train_concept(configure(**changes), quiet).losses == pytest.approx(losses, abs=1e-5), changes
+
+
+def test_checkpointing_a_text_encoder_in_training_changes_nothing(configure: Configure, base: Base) -> None:
+    changes: dict[str, Any] = {"train_text": "embedding+lora", "steps": 2}
+    losses = train_concept(configure(**changes), quiet).losses
+    saved = train_concept(configure(**changes, gradient_checkpointing=True), quiet).losses
+    assert saved == pytest.approx(losses, abs=1e-5)
+    assert not base.text_encoder.is_gradient_checkpointing
 
 
 def test_consistency_holds_the_class_in_place(configure: Configure, base: Base) -> None:
@@ -148,7 +159,7 @@ def test_cancelling_keeps_a_checkpoint_and_resuming_ends_with_the_same_file(conf
         if progress.step == 3:
             raise CancelledError("enough")
 
-    with pytest.raises(CancelledError, match="stopped at step 3 of 6: run it again"):
+    with pytest.raises(CancelledError, match="stopped at step 3 of 6: run it again to go on from step 3"):
         train_concept(configure(steps=6), stop)
     resumed = train_concept(configure(steps=6), quiet)
     assert "resumed at step 3" in resumed.notes
@@ -178,6 +189,47 @@ def test_an_unwritable_checkpoint_does_not_end_the_run(configure: Configure, mon
     result = train_concept(configure(checkpoint_every=2), quiet)
     assert result.path.exists()
     assert any("No space left" in note for note in result.notes)
+
+
+def test_a_disk_that_fills_up_costs_what_came_after_the_last_checkpoint(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_concept(configure(steps=6), quiet)
+    wanted = whole.path.read_bytes()
+    whole.path.unlink()
+    write, calls = torch.save, []
+
+    def half(data: object, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > 1:
+            target.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        write(data, target)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 5:
+            raise CancelledError("enough")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(CancelledError, match="stopped at step 5 of 6: run it again to go on from step 2"):
+        train_concept(configure(steps=6, checkpoint_every=2), stop)
+    monkeypatch.undo()
+    resumed = train_concept(configure(steps=6), quiet)
+    assert "resumed at step 2" in resumed.notes
+    assert resumed.path.read_bytes() == wanted
+
+
+def test_an_output_that_cannot_be_written_at_the_end_keeps_the_work(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise FileError("cannot write it: No space left on device")
+
+    monkeypatch.setattr("training.export.write", full)
+    with pytest.raises(FileError, match="No space left on device: make room, then run it again to go on from step 4"):
+        train_concept(configure(save_every=2), quiet)
+    monkeypatch.undo()
+    assert train_concept(configure(), quiet).path.exists()
 
 
 def test_intermediate_files(configure: Configure) -> None:

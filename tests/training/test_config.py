@@ -46,6 +46,12 @@ def test_unknown_keys_offer_the_near_name() -> None:
         ({"prior": "images"}, "needs prior_data"),
         ({"prior_data": "p"}, "set prior to 'images'"),
         ({"text_learning_rate": 1e-4}, "set train_text to 'lora'"),
+        ({"text_learning_rate": 1e-4, "train_text": "embedding"}, "train_text is 'embedding': set train_text to 'lora'"),
+        ({"token_learning_rate": 1e-4}, "set train_text to 'embedding'"),
+        ({"token_init": "cat", "train_text": "lora"}, "set train_text to 'embedding'"),
+        ({"train_unet": False}, "nothing would be learnt"),
+        ({"token_norm": 0.5}, "'token_norm' is 0.5"),
+        ({"optimizer": "prodigy", "block_rates": {"up": 0.5}}, "block_rates other than 0 and 1 is given"),
         ({"schedule": "step"}, "'schedule' is 'step'"),
     ],
 )
@@ -79,6 +85,12 @@ def test_templates_and_strength() -> None:
     assert cat.strength == 4.0
     style = make_config(**NEEDED, kind="style", alpha=1)
     assert (style.fill(style.template), style.strength) == ("a picture in zqx style", 1.0)
+
+
+def test_every_option_is_in_the_manual() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
+    table = "".join(line for line in text.splitlines() if line.startswith("| `"))
+    assert [name for name in ConceptConfig.model_fields if f"`{name}`" not in table] == []
 
 
 def test_differences() -> None:

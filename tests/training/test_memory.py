@@ -8,7 +8,31 @@ import torch
 from studio.base import Base
 from tests.training.conftest import Configure
 from training.adapters import attached, chosen_layers
-from training.memory import estimate, parameter_count
+from training.memory import _text, estimate, parameter_count, word_count
+from training.words import Reader
+
+
+def test_learning_words_costs_the_text_encoder_s_memory(base: Base, configure: Configure) -> None:
+    """One reading for every cross-attention layer; what autograd keeps is within a third of the estimate."""
+    config = configure(train_text="embedding", batch=4, train_unet=False)
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with attached(base, config) as adapters:
+        assert adapters.word is not None
+        own = {parameter.untyped_storage().data_ptr() for parameter in base.text_encoder.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            Reader(base, adapters.word).read([f"a zqx {word}" for word in ("apple", "cat", "dog", "style")])
+    real = sum(size for key, (size, _) in kept.items() if key not in own)
+    assert _text(base, config) == pytest.approx(real, rel=0.34)
+    plain = configure(batch=4)
+    assert _text(base, plain) == 0
+    assert parameter_count(base, 2, chosen_layers(base, config)) == 0
+    assert word_count(base, config) == next(iter(adapters.word.vectors.values())).numel()
 
 
 @pytest.mark.parametrize("targets", ["attn", "all"])

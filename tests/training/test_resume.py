@@ -20,10 +20,12 @@ from training import ConceptConfig
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
+from pipelines import previewer
 from training import load_config, train_concept
 def say(progress):
     print(progress.step, flush=True)
-train_concept(load_config(sys.argv[1]), say)
+config = load_config(sys.argv[1])
+train_concept(config, say, previewer(config) if config.preview_every else None)
 """
 
 
@@ -51,8 +53,15 @@ def run(arguments: list[str]) -> None:
 
 
 def test_killed_runs_end_with_the_same_bits(job: Path, configure: Configure, tmp_path: Path) -> None:
-    """Killed with SIGKILL twice, at unforeseen moments, then finished: the file is that of an untouched run elsewhere."""
-    changes = {"steps": 24, "prior": "consistency", "train_text": "lora", "checkpoint_every": 3}
+    """Killed with SIGKILL twice, at unforeseen moments, then finished: file and previews are those of an untouched run."""
+    changes = {
+        "steps": 24,
+        "prior": "consistency",
+        "train_text": "embedding+lora",
+        "checkpoint_every": 3,
+        "preview_every": 5,
+        "preview_steps": 1,
+    }
     whole = configure(output=tmp_path / "whole" / "zqx.safetensors", **changes)
     run(command(job, whole))
     killed = configure(output=tmp_path / "killed" / "zqx.safetensors", **changes)
@@ -70,17 +79,28 @@ def test_killed_runs_end_with_the_same_bits(job: Path, configure: Configure, tmp
         assert list(killed.work.glob("checkpoint-*"))
     run(command(job, killed))
     assert killed.output.read_bytes() == whole.output.read_bytes()
+    previews = [sorted(c.output.with_suffix(".previews").glob("*.png")) for c in (whole, killed)]
+    assert [path.name for path in previews[0]] == [path.name for path in previews[1]]
+    assert len(previews[0]) == 5
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*previews, strict=True))
 
 
-def test_two_processes_learn_what_one_does_with_twofold_accumulation(job: Path, configure: Configure, tmp_path: Path) -> None:
-    changes = {"steps": 3, "batch": 2, "save_precision": "fp32"}
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["none", "embedding+lora"])
+def test_two_processes_learn_what_one_does_with_the_same_rows(configure: Configure, tmp_path: Path, text: str) -> None:
+    """The command of docs/training.md, for real: 2 processes x 2 rows against 1 process x 2 rows x 2 accumulated."""
+    changes = {"steps": 3, "batch": 2, "save_precision": "fp32", "train_text": text}
     one = configure(output=tmp_path / "one" / "zqx.safetensors", accumulation=2, **changes)
-    run(command(job, one))
     two = configure(output=tmp_path / "two" / "zqx.safetensors", **changes)
-    # accelerate's --multi_gpu means torchrun; the configuration's device makes the processes meet on the CPU.
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-    settings = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
-    run(command(job, two, *launcher, *settings))
+    launch = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no")
+    for config, launcher in ((one, ()), (two, (*launch, "--main_process_port", "0", "-m"))):
+        path = tmp_path / f"{config.output.parent.name}.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+        run([sys.executable, "-m", *launcher, "ui.cli", "train", "concept", "--config", str(path)])
     left, right = load_lora(one.output), load_lora(two.output)
+    assert left.layers.keys() == right.layers.keys()
     for key, delta in left.layers.items():
         torch.testing.assert_close(delta.up, right.layers[key].up, atol=2e-5, rtol=1e-3)  # type: ignore[union-attr]
+    assert (text == "none") == (not left.tokens)
+    for word, vectors in left.tokens.items():
+        torch.testing.assert_close(vectors["text_encoder"], right.tokens[word]["text_encoder"], atol=2e-4, rtol=1e-3)

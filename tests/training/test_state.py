@@ -50,6 +50,26 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytes
     assert load(path, {"rank": 4}).step == 3
 
 
+@pytest.mark.parametrize("writer", ["torch.save", "safetensors"])
+def test_a_disk_that_fills_half_way_leaves_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    path = save(tmp_path, STATE)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def half(data: object, target: Path) -> None:
+        Path(target).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((torch, "save") if writer == "torch.save" else (state, "save_file")), half)
+    for step in (3, 4):  # the same step again must not touch the good one either
+        with pytest.raises(FileError, match="No space left on device"):
+            save(tmp_path, replace(STATE, step=step))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
 def test_a_cut_off_write_is_ignored(tmp_path: Path) -> None:
     path = save(tmp_path, STATE)
     shutil.copytree(path, tmp_path / "checkpoint-000009")

@@ -60,7 +60,7 @@ def calls(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     def generate(prompt: str, **fields: Any) -> FakeResult:
         print("a library says hello")
-        machine.update({key: fields.pop(key) for key in ("device", "dtype", "memory", "lora_dirs") if key in fields})
+        machine.update({key: fields.pop(key) for key in ("device", "dtype", "memory", "lora_dirs", "explain") if key in fields})
         seen.append(as_request(prompt, **fields))
         return FakeResult(seen[-1])
 
@@ -132,6 +132,31 @@ def test_unnamed_results_never_overwrite(calls: list[Any], tmp_path: Path) -> No
     assert free_path(tmp_path, "…", ".png").name == "0001-picture.png"
 
 
+def test_the_method_and_all_that_belongs_to_it_is_passed_on(calls: list[GenerateRequest], machine: dict[str, Any]) -> None:
+    code = studio(
+        "generate", "a cat", "--lora", "cat", "--lora", "dog", "--compose", "cmlora", "--set", "max-age=2",
+        "--set", "phase=0.5",
+        "--region", "cat@0,0,0.5,1=a sks cat", "--region", "dog:0.5+cat@m.png", "--init-image", "x.png", "--strength", "0.4",
+        "--strict", "--explain", "why",
+    )  # fmt: skip
+    assert code == 0
+    (request,) = calls
+    assert (request.method, request.options) == ("cmlora", {"max_age": 2, "phase": 0.5})
+    assert (request.init_image, request.strength, request.triggers) == (Path("x.png"), 0.4, "require")
+    assert (request.regions[0].box, request.regions[0].prompt) == ((0.0, 0.0, 0.5, 1.0), "a sks cat")
+    assert [(ref.name, ref.weight) for ref in request.regions[1].loras] == [("dog", 0.5), ("cat", 1.0)]
+    assert (request.regions[1].mask, request.regions[1].prompt) == (Path("m.png"), None)
+    assert machine == {"explain": Path("why")}
+
+
+def test_another_method_takes_no_options_of_the_one_before(calls: list[Any], machine: dict[str, Any]) -> None:
+    assert studio("rerun", "old.png", "--compose", "switch") == 0
+    assert machine == {"method": "switch", "options": {}}
+    machine.clear()
+    assert studio("rerun", "old.png", "--set", "tau=3") == 0
+    assert machine == {"options": {"tau": 3}}
+
+
 def test_rerun_hands_the_file_over(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert studio("rerun", "old.png", "--out", "new.png") == 0
     assert calls == [Path("old.png")]
@@ -186,6 +211,14 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPa
         (("generate", "a", "--memory", "most"), "'--memory'"),
         (("generate", "a", "--dtype", "int8"), "'--dtype'"),
         (("generate", "a", "--clip-skip", "0"), "clip_skip"),
+        (("generate", "a", "--set", "tau"), "KEY=VALUE"),
+        (("generate", "a", "--set", "tau=2", "--set", "tau=3"), "given twice"),
+        (("generate", "a", "--strict", "--as-written"), "one of them"),
+        (("generate", "a", "--strength", "0.5"), "init_image"),
+        (("generate", "a", "--init-image", "x.png", "--strength", "1.5"), "strength"),
+        (("generate", "a", "--region", "cat"), "cat-face@0,0,0.5,1"),
+        (("generate", "a", "--region", "cat@0,0,nan,1"), "finite"),
+        (("generate", "a", "--region", "cat@0.6,0,0.5,1"), "x0 < x1"),
         (("nothing",), "'nothing'"),
     ],
 )

@@ -80,6 +80,77 @@ def test_dry_run_says_what_would_be_done_and_trains_nothing(
     assert trained == []
 
 
+def test_options_of_text_and_previews(trained: list[ConceptConfig]) -> None:
+    words = ("--train-text", "embedding+lora", "--text-learning-rate", "1e-5", "--set", "tokens=3")
+    shown = (
+        "--preview-every",
+        "50",
+        "--preview-prompt",
+        "a {trigger}",
+        "--preview-prompt",
+        "a dog",
+        "--tensorboard",
+        "--restart",
+    )
+    assert studio("pictures", *WORDS, *words, *shown, "--batch", "2", "--precision", "bf16") == 0
+    (config,) = trained
+    assert (config.train_text, config.text_learning_rate, config.tokens) == ("embedding+lora", 1e-5, 3)
+    assert (config.preview_every, config.preview_prompts) == (50, ("a {trigger}", "a dog"))
+    assert (config.tensorboard, config.restart, config.batch, config.precision) == (True, True, 2, "bf16")
+
+
+def test_only_the_first_process_speaks(
+    trained: list[ConceptConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert studio("pictures", *WORDS) == 0
+    assert len(trained) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def subfolders(tmp_path: Path) -> Path:
+    for name in ("abc", "qrs", "xyz"):
+        (tmp_path / "many" / name).mkdir(parents=True)
+    (tmp_path / "many" / "xyz" / "train.yaml").write_text("rank: 0\n")
+    return tmp_path / "many"
+
+
+def test_many_train_one_for_each_subfolder_and_end_with_a_table(
+    trained: list[ConceptConfig], subfolders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert studio("--many", "many", "--out", "loras", "--steps", "9") == 1  # one has failed
+    assert [(c.trigger, c.data, c.output, c.steps) for c in trained] == [
+        ("abc", Path("many/abc"), Path("loras/abc.safetensors"), 9),
+        ("qrs", Path("many/qrs"), Path("loras/qrs.safetensors"), 9),
+    ]
+    told = capsys.readouterr()
+    rows = [line.split() for line in told.out.splitlines()]
+    assert [row[:2] for row in rows[1:4]] == [["abc", "done"], ["qrs", "done"], ["xyz", "failed"]]
+    assert "2 done, 1 failed" in told.err
+    assert "xyz: training option 'rank' is 0" in told.err
+
+
+def test_many_as_json_and_dry(
+    trained: list[ConceptConfig],
+    subfolders: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert studio("--many", "many", "--json") == 1
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(run["name"], run["state"]) for run in runs] == [("abc", "done"), ("qrs", "done"), ("xyz", "failed")]
+    monkeypatch.setattr("training.plan.describe", lambda config: Described(config.trigger, config.steps))
+    trained.clear()
+    assert studio("--many", "many", "--dry-run", "--json") == 1
+    assert [sorted(run) for run in json.loads(capsys.readouterr().out)["runs"]] == [
+        ["name", "steps", "trigger"],
+        ["name", "steps", "trigger"],
+        ["error", "name"],
+    ]
+    assert trained == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -88,6 +159,9 @@ def test_dry_run_says_what_would_be_done_and_trains_nothing(
         (("pictures", *WORDS, "--set", "lr=4"), 2, "learning_rate"),
         (("pictures", *WORDS, "--rank", "0"), 2, "rank"),
         (("--config", "absent.yaml"), 4, "absent.yaml"),
+        (("--many", "absent"), 4, "absent"),
+        (("pictures", "--many", "many"), 2, "leave one of them out"),
+        (("pictures", *WORDS, "--train-text", "words"), 2, "train_text"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from studio.embeddings import TOKEN_KEY
 from studio.errors import UnknownFormatError
 from studio.lora.formats import comfy, diffusers, kohya, lycoris, motion, peft, processor
 from studio.lora.formats.slots import Place
@@ -37,6 +38,13 @@ _REASONS = (
     (r"^emb_params$|string_to_param|^clip_[lg]$", "is a textual-inversion embedding, not a LoRA: use it with --embedding"),
     (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "is a whole checkpoint: use it as --base"),
     (r"double_blocks|single_blocks|joint_blocks|single_transformer_|lora_transformer_", "is for a FLUX or SD3 transformer"),
+    (
+        r"^(lora_unet_|lycoris_|diffusion_model\.)_?(blocks|layers|transformer_blocks)[._]\d",
+        "is for a transformer (Wan, Qwen-Image, Z-Image, ...), not for a UNet as Stable Diffusion has",
+    ),
+    (r"lora_prior_(unet|te)_", "is for Stable Cascade"),
+    (r"\.(a1|a2|b1|b2|bm)\.weight$", "is a GLoRA adapter, which changes weights by a product with themselves"),
+    (r"^(unet|text_encoder):\d+:(up|down)$", "counts its layers instead of naming them, as the first LoRA programs did"),
     (r"lora_te3_", "trains a third text encoder, which no supported base has"),
     (r"lora_[AB]\.(.*\.)?bias$", "trains biases, which are no low-rank adapter"),
     (r"^(?!.*lora).*motion_modules\..*\.(weight|bias)$", "is a whole motion module, not a motion LoRA"),
@@ -46,10 +54,14 @@ _REASONS = (
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every tensor of a file belongs: ``layers[module][slot]`` is its key; ``format`` is the reader of most keys."""
+    """Where every tensor of a file belongs: ``layers[module][slot]`` is its key; ``format`` is the reader of most keys.
+
+    ``tokens`` are the keys of learnt words, which belong to no layer.
+    """
 
     format: str
     layers: dict[str, dict[str, str]]
+    tokens: tuple[str, ...] = ()
 
 
 def place_all(keys: Iterable[str], *, name: str) -> Placement:
@@ -66,7 +78,11 @@ def place_all(keys: Iterable[str], *, name: str) -> Placement:
     layers: dict[str, dict[str, str]] = {}
     used: Counter[str] = Counter()
     homeless: list[str] = []
+    tokens: list[str] = []
     for key in keys:
+        if TOKEN_KEY.fullmatch(key):
+            tokens.append(key)
+            continue
         found = next(
             ((format_name, place) for format_name, reader in READERS.items() if (place := reader(key)) is not None), None
         )
@@ -81,9 +97,9 @@ def place_all(keys: Iterable[str], *, name: str) -> Placement:
         slots[place.slot] = key
     if homeless:
         raise UnknownFormatError(_complaint(name, homeless, placed=used.total()))
-    if not layers:
+    if not layers and not tokens:
         raise UnknownFormatError(f"{name} holds no tensors")
-    return Placement(used.most_common(1)[0][0], layers)
+    return Placement(used.most_common(1)[0][0] if used else "diffusers", layers, tuple(tokens))
 
 
 def _complaint(name: str, homeless: list[str], placed: int) -> str:

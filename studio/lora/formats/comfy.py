@@ -1,4 +1,7 @@
-"""ComfyUI: ``diffusion_model.<UNet path>`` and ``text_encoders.clip_l.transformer.<CLIP path>``, with any ending."""
+"""ComfyUI: ``diffusion_model.<UNet path>`` and ``text_encoders.clip_l.transformer.<CLIP path>``, with any ending.
+
+OneTrainer's text encoders are called nearly the same, ``clip_l.<CLIP path>``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ _TEXT_PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "clip_l.transformer.": "text_encoder",
     "clip_g.transformer.": "text_encoder_2",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
 }
 
 

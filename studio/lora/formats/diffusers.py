@@ -1,9 +1,12 @@
-"""diffusers: ``unet.<path>.lora_A.weight`` or ``.lora.down.weight``, ``text_encoder.<path>...``; transformers by name only."""
+"""diffusers: ``unet.<path>.lora_A.weight`` or ``.lora.down.weight``, ``text_encoder.<path>...``; transformers by name only.
+
+OneTrainer writes ``unet.`` too, with the original names behind it; its text encoders are placed by the reader of ComfyUI's.
+"""
 
 from __future__ import annotations
 
 from studio.lora.formats.slots import Place, split_slot
-from studio.lora.names import is_plain_path, text_path
+from studio.lora.names import is_plain_path, text_path, unet_path
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer")
 
@@ -18,4 +21,6 @@ def place(key: str) -> Place | None:
         return None
     if component.startswith("text_encoder"):
         path = text_path(path) or ""
+    elif component == "unet":
+        path = unet_path(path) or path
     return Place(f"{component}.{path}", split[1]) if path else None

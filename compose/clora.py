@@ -1,0 +1,320 @@
+"""CLoRA (Meral et al., "Contrastive Test-Time Composition of Multiple LoRA Models for Image Generation", ICCV 2025).
+
+    p_0          the prompt without triggers, no LoRA          p_k    with the trigger of LoRA k, and LoRA k alone
+    z <- z - alpha grad_z L(maps of all passes at z)           L      NT-Xent over token groups (:mod:`compose.contrast`)
+    eps = sum_i M_i eps_i / sum_i M_i                          M_k    where p_k's own words look (:mod:`compose.clora_masks`)
+
+All K + 1 passes share one latent. Prompts and token groups are found by :mod:`compose.variants`, maps are cross-attention of
+the family's map layers, conditional rows only, mean over heads and layers. A style LoRA acts in every pass, p_0 included.
+With a single concept there is nothing to keep apart: it acts everywhere.
+
+The gradient is exact without K + 1 graphs: maps of all passes first, without a graph; then each pass again, alone, with its
+vector-Jacobian product (:mod:`compose.guidance`). ``gradient="joint"`` keeps all graphs and saves the first forwards.
+
+Two things decide whether maps say where a subject is. Text encoders are causal: a noun knows of a place that is said before
+it, so write "on the left a cat", not "a cat on the left". Measured on the embedded base, a trigger's own half then has two to
+three times the attention of the other; else it may be the wrong half. And the published masks suppose maps that are near zero
+elsewhere: on the embedded base one covered all of it; ``masks="winner", threshold=0.4`` gives each place to one subject.
+
+What is different from the published code, as two ports of it have it:
+* Predictions are made at the updated latent, not at the one from before the update; ``legacy_eps`` brings that back.
+* Guidance passes are conditional and stop at the last map; the published ones also average maps of the empty prompt.
+* A constant map does not end in NaN; a class with a single map, whose loss is always 0, is refused.
+* Token columns come from the tokenizer's offsets; the scripts around the published code are off by one.
+* Prompts are encoded with the LoRA of their pass. Constants are shares of the schedule.
+* Samplers that visit a noise level twice are guided once there, where a step begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from compose.attention import Map, Maps
+from compose.bank import Adapter
+from compose.clora_masks import Change, Rule, changed, fused, owned, shares, with_background
+from compose.contrast import TAU, min_max, nt_xent
+from compose.figures import Curves, Figure
+from compose.figures import Maps as MapFigure
+from compose.guidance import (
+    Unit,
+    as_leaf,
+    begins_step,
+    finite,
+    maps_of,
+    mean_map,
+    on_maps,
+    pulled_back,
+    reaches,
+    scaled,
+    updated,
+    word_maps,
+)
+from compose.plan import AttentionPlan
+from compose.routes import per_row
+from compose.run import Options, Run, Step, joined
+from compose.separate import Separate, SeparateOptions, at_once, chunks, names
+from compose.text import words_of
+from compose.variants import Variants, subjects_of, variants_of
+from studio.errors import RequestError
+from studio.requests import Finite
+
+BASE = -1
+"""In the place of a concept: the pass of ``p_0``, without any."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class CLoRAOptions(SeparateOptions):
+    """Options of :class:`CLoRA`; the defaults are the paper's, of 50 steps at 512 x 512.
+
+    Args:
+        always: LoRAs that act in every pass; those whose file says that they are styles do so anyway.
+        triggers, nouns: by LoRA name, where a file does not know its own or the prompt has other words.
+        step: alpha. unit: of the step; see :func:`compose.guidance.scaled`.
+        until: share of the schedule that is guided.
+        refine: shares at which the update is repeated ``refinements`` times, each with maps of its own; the published notebook
+            has 0, 0.2 and 0.4. between: whether steps without refinement are guided too.
+        tau: temperature of the contrast.
+        masks: how maps become masks, see :mod:`compose.clora_masks`. threshold: alpha_m. mask_after: share of the schedule
+            before which all passes have equal parts everywhere.
+        morphology: what is done to masks: "dilate", "erode", "open", "close", in this order.
+        base_keeps: whether the base also has the places of its own nouns, not only those that nobody else has.
+        gradient: "two-pass" holds one graph at a time, "joint" all.
+        chunk: passes per forward; None: one in guidance, and else as many as fit the family's batch.
+        legacy_eps: predict at the latent from before the update.
+    """
+
+    triggers: Mapping[str, str] = Field(default_factory=dict)
+    nouns: Mapping[str, str] = Field(default_factory=dict)
+    step: Annotated[Finite, Field(ge=0)] = 20.0
+    unit: Unit = "gradient"
+    until: Share = 0.5
+    refine: tuple[Share, ...] = ()
+    refinements: Annotated[int, Field(ge=1)] = 20
+    between: bool = True
+    tau: Annotated[Finite, Field(gt=0)] = TAU
+    masks: Rule = "max"
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    mask_after: Share = 0.0
+    morphology: tuple[Change, ...] = ()
+    base_keeps: bool = False
+    gradient: Literal["two-pass", "joint"] = "two-pass"
+    chunk: Annotated[int, Field(ge=1)] | None = None
+    legacy_eps: bool = False
+
+    _lists = field_validator("refine", "morphology", mode="before")(names)
+
+    @field_validator("triggers", "nouns", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        """Also as JSON text."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is no JSON ({error})") from None
+
+
+class CLoRA(Separate):
+    """Passes of one LoRA each, held apart by their attention maps and joined by masks.
+
+    Attributes during and after a run:
+        variants: prompts and token groups; None when fewer than two concepts act.
+        losses: of every update, one number per row.
+        updates: how many were made at each step. masks: of the last step, ``[K + 1, n, h, w]``. history: those of the first
+            picture with the number of their step, kept while the run is :attr:`~compose.run.Run.explaining`.
+    """
+
+    takes: ClassVar[type[Options]] = CLoRAOptions
+    options: CLoRAOptions
+    variants: Variants | None = None
+
+    def prepare(self, run: Run) -> None:
+        self.losses: list[Tensor] = []
+        self.updates: list[int] = []
+        self.masks: Tensor | None = None
+        self.history: list[tuple[int, Tensor]] = []
+        self.variants = None
+        self.prompts, self._rows = {}, {}
+        bank = run.bank
+        self.check(bank.adapters if bank is not None else ())
+        if bank is None:
+            return
+        self.always = tuple(k for k in bank.active if self.is_always(bank.adapters[k]))
+        self.concepts = tuple(k for k in bank.active if k not in self.always)
+        if len(self.concepts) < 2:
+            bank.route = self.only(run, self.concepts[0] if self.concepts else None)
+            return
+        if run.wording is None:
+            raise RequestError(
+                "CLoRA makes other prompts of yours, and this run has only encoded ones: give the prompt as text"
+            )
+        words = words_of(run.base, run.wording.reading)["text_encoder"]
+        prompt = run.wording.prompt
+        chosen = [bank.adapters[k] for k in self.concepts]
+        subjects = subjects_of(words, prompt, chosen, triggers=self.options.triggers, nouns=self.options.nouns)
+        self.variants = variants_of(words, prompt, subjects, run.positive.states.shape[1])
+        for concept, variant in zip(self.passes, self.variants.prompts, strict=True):
+            with bank.acting(self.only(run, concept)):
+                self.prompts[concept] = run.say(variant)
+        bank.route = self.only(run, None)
+
+    def is_always(self, adapter: Adapter) -> bool:
+        return adapter.lora.metadata.get("studio.kind") == "style" or bool({*adapter.names} & {*self.options.always})
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        super().check(adapters)
+        for option in ("triggers", "nouns"):
+            self.known(tuple(getattr(self.options, option)), option, adapters)
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The base and every concept."""
+        return (BASE, *self.concepts)
+
+    def before_step(self, run: Run, step: Step) -> None:
+        self.updates.append(0)
+        if not self.guides(run, step):
+            return
+        refining = any(reaches(step, share) for share in self.options.refine)
+        if refining or (self.options.between and not self.options.legacy_eps):
+            for _ in range(self.options.refinements if refining else 1):
+                self.update(run, step)
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        if self.variants is None:
+            return []
+        lines = {f"picture {row + 1}": [float(value[row]) for value in self.losses] for row in range(len(run.latents))}
+        moments = [f"step {number}" for number, _ in self.history]
+        rows = {
+            name: [masks[index] for _, masks in self.history]
+            for index, name in enumerate(("base", *(subject.name for subject in self.variants.subjects)))
+        }
+        figures: list[Figure] = []
+        if self.history:
+            figures.append(
+                MapFigure(title="Who draws where", text="Masks of the first picture.", rows=rows, columns=moments, top=1)
+            )
+        if self.losses:
+            text = "How badly the maps of different subjects are told apart; lower is better."
+            figures.append(Curves(title="Contrast", text=text, lines=lines, across="update"))
+        return figures
+
+    def guides(self, run: Run, step: Step) -> bool:
+        """Whether this step is guided at all."""
+        return (
+            self.variants is not None
+            and self.options.step > 0
+            and step.fraction < self.options.until
+            and begins_step(run.scheduler)
+        )
+
+    def update(self, run: Run, step: Step) -> None:
+        """One step down the gradient."""
+        options = self.options
+        value, gradient = self.descent(run, step, run.latents)
+        run.latents = updated(run.latents, scaled(run, step, gradient, options.unit), options.step)
+        self.losses.append(value)
+        self.updates[-1] += 1
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        if self.variants is None:
+            return run.forward_guided(x, step.timestep)
+        uncond, cond, maps = self.all_passes(run, x, step)
+        if self.options.legacy_eps and self.options.between and not self.updates[-1] and self.guides(run, step):
+            self.update(run, step)
+        weights = self.weigh(step, maps, x)
+        if run.explaining and self.masks is not None:
+            self.history.append((step.index + 1, self.masks[:, 0].float().cpu()))
+        return (None if uncond is None else fused(uncond, weights)), fused(cond, weights)
+
+    def all_passes(self, run: Run, x: Tensor, step: Step) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What every pass predicts, ``[P, n, c, h, w]`` each half, and its maps ``[P, n, S, h, w]`` from the same forwards."""
+        halves, n = (2 if run.guided else 1), len(x)
+        unconds, conds, maps = [], [], []
+        for some in chunks(self.passes, at_once(run, self.options.chunk)):
+            run.check_cancelled()
+            rows = [(index * halves + halves - 1) * n + row for index in range(len(some)) for row in range(n)]
+            with run.planned(self.plan(run, some, n, rows)) as attention, attention.collecting() as read:
+                uncond, cond = self.each(run, x, step.timestep, some)
+            unconds.append(uncond)
+            conds.append(cond)
+            maps.append(mean_map(read["words"]).unflatten(0, (len(some), n)))
+        joint = None if unconds[0] is None else torch.cat([each for each in unconds if each is not None])
+        return joint, torch.cat(conds), torch.cat(maps)
+
+    def weigh(self, step: Step, maps: Tensor, like: Tensor) -> Tensor:
+        """How much of each pass is taken where, ``[P, n, 1, h, w]``, from maps ``[P, n, S, h, w]``."""
+        variants, options = self.variants, self.options
+        if variants is None or step.fraction < options.mask_after:
+            return maps.new_full((len(maps), 1, 1, 1, 1), 1 / len(maps))
+        own = [maps[number][:, variants.own(number)] for number in range(len(maps))]
+        subjects = changed(owned(own[1:], options.threshold, options.masks), options.morphology)
+        base = owned(own[:1], options.threshold, options.masks)[0] if options.base_keeps else None
+        self.masks = with_background(subjects, base)
+        return shares(self.masks, *like.shape[-2:]).to(like.dtype)
+
+    def plan(self, run: Run, some: Sequence[int], n: int, rows: Sequence[int] | None = None) -> AttentionPlan:
+        """Reads the token sets of the passes ``some``, each with ``n`` rows."""
+        if self.variants is None:
+            raise RuntimeError("a plan without variants")
+        sets = self.variants.sets[[self.passes.index(concept) for concept in some]].repeat_interleave(n, 0)
+        tap = word_maps(run, "words", sets)
+        return AttentionPlan(taps=(tap if rows is None else replace(tap, rows=tuple(rows)),))
+
+    def loss(self, maps: Maps) -> Tensor:
+        """``[n]`` from maps whose rows are those of all passes, one after the other."""
+        if self.variants is None:
+            raise RuntimeError("a loss without variants")
+        pictures = mean_map(maps["words"]).unflatten(0, (len(self.passes), -1)).flatten(3)
+        chosen = torch.stack([pictures[number, :, index] for number, index in self.variants.maps], dim=1)
+        return nt_xent(min_max(chosen), self.variants.classes, self.options.tau)
+
+    def read(self, run: Run, step: Step, latents: Tensor, some: Sequence[int]) -> Maps:
+        """Maps of the passes ``some`` at ``latents``, from one early forward."""
+        if run.bank is None:
+            raise RuntimeError("concepts without a bank")
+        n = len(latents)
+        weights = torch.tensor([self.weights(run, concept) for concept in some for _ in range(n)])
+        encoded = joined(*(self.prompts[concept][1] for concept in some))
+        with run.bank.acting(per_row(weights)):
+            return maps_of(run, step, latents.repeat(len(some), 1, 1, 1), self.plan(run, some, n), encoded=encoded)
+
+    def descent(self, run: Run, step: Step, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss ``[n]`` at ``latents`` and its gradient."""
+        if self.options.gradient == "joint":
+            with torch.enable_grad():
+                leaf = as_leaf(latents)
+                maps = self.read(run, step, leaf, self.passes)
+                value, cotangents = on_maps(self.loss, maps)
+                return value, finite(run, pulled_back(run, leaf, maps, cotangents))
+        parts = chunks(self.passes, self.options.chunk or 1)
+        value, cotangents = on_maps(self.loss, together([self.read(run, step, latents, some) for some in parts]))
+        total, start = torch.zeros_like(latents), 0
+        for some in parts:
+            rows = slice(start, start + len(some) * len(latents))
+            own = {name: [None if c is None else c[rows] for c in every] for name, every in cotangents.items()}
+            with torch.enable_grad():
+                leaf = as_leaf(latents)
+                total = total + pulled_back(run, leaf, self.read(run, step, leaf, some), own)
+            start = rows.stop
+        return value, finite(run, total)
+
+
+def together(parts: Sequence[Maps]) -> Maps:
+    """The rows of several forwards, one after the other."""
+    return {
+        name: [
+            Map(layer.layer, torch.cat([part[name][index].values for part in parts]), layer.cells)
+            for index, layer in enumerate(every)
+        ]
+        for name, every in parts[0].items()
+    }

@@ -1,0 +1,247 @@
+"""Masked outputs: at every place of the picture only that place's own LoRA acts, in one pass and without gradients.
+
+    y[p] = (W x)[p] + sum_n m_n[p] s_n B_n A_n x[p]                              at every layer over image tokens
+    out[p] = sum_n m_n[p] (W_O + dW_O^n) softmax(Q K_n^T / sqrt d) V_n           where there is text
+
+``m_n`` is 1 in region n. Text has no place, so each region reads the prompt with keys and values of its own LoRA, the rest of
+the picture with none. That masking outputs is enough is FreeFuse's finding (arXiv 2510.23515, 2025).
+
+Without regions their masks are found first. All LoRAs act together for a few steps; the cells that attend most to a LoRA's
+words are its *seeds*, and a cell belongs to the LoRA whose seeds it is most alike. Then the run begins again with the masks,
+each picture with its own.
+
+FreeFuse measures likeness by inner products of hidden states; here it is how much a cell attends to the seeds, of which the
+maps are at hand. It has no background; here a cell that is much less like any seeds than the best cell is belongs to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from compose.attention import Maps
+from compose.bank import Adapter
+from compose.figures import Boxes, Figure
+from compose.figures import Maps as Pictures
+from compose.layout_losses import smoothed
+from compose.plan import AttentionPlan, Isolation, Regional, Regions, RegionText, Role, Tap, Where, columns
+from compose.regions import Layout, Others, Said, Spot, bounds, laid_out, said_by_default, say_everywhere, spot
+from compose.routes import constant
+from compose.run import Method, Options, Run, Step, joined
+from compose.separate import Separate, names
+from compose.text import Wording
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MaskedOptions(Options):
+    """Options of :class:`Masked`.
+
+    Args:
+        isolation: whether regions are hidden from each other in self-attention. FreeFuse does not.
+        prompt: what a region without a prompt says. "local": its subject and what the prompt says of the whole picture;
+            "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt. None: "placed" where
+            regions are drawn, "whole" where they are found, whose masks may be too rough to tell places.
+        always: LoRAs that act everywhere though no region is drawn; those of the kind "style" do anyway.
+        find: share of the schedule that is run to find masks; FreeFuse takes a third.
+        seeds: share of the cells that are a LoRA's seeds; FreeFuse takes a tenth.
+        threshold: a cell is of a LoRA if it is at least this much like its seeds as its best cell is; 0: all cells are of one.
+    """
+
+    isolation: bool = False
+    prompt: Said | None = None
+    always: tuple[str, ...] = ()
+    find: Annotated[float, Field(gt=0, le=1)] = 0.3
+    seeds: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    threshold: Share = 0.5
+
+    _names = field_validator("always", mode="before")(names)
+
+
+class Probe(Method):
+    """All LoRAs together, while the second half of a few steps is read.
+
+    Attributes after a run: ``words [n, K, h, w]`` and ``selves [n, N, N]``, means over layers and steps.
+    """
+
+    def __init__(self, spots: Sequence[Spot], steps: int) -> None:
+        super().__init__()
+        self.spots, self.steps = spots, steps
+        self.words: Tensor | None = None
+        self.selves: Tensor | None = None
+        self._read = 0
+
+    def prepare(self, run: Run) -> None:
+        if run.bank is not None:
+            run.bank.route = constant([1.0] * len(run.bank.adapters))
+        count = len(run.latents)
+        rows = tuple(range(count, 2 * count)) if run.guided else tuple(range(count))
+        layers = run.base.family.map_layers
+        sets = columns(run.positive.ids.shape[1], *(sum(one.targets, ()) for one in self.spots))
+        self.attention = run.attend(
+            AttentionPlan(
+                taps=(
+                    Tap(name="words", where=Where(role=Role.CROSS, names=layers), sets=sets, rows=rows),
+                    Tap(name="self", where=Where(role=Role.SELF, names=layers), rows=rows),
+                )
+            )
+        )
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        if step.index < self.steps // 2:
+            return super().predict(run, step, x)
+        with self.attention.collecting() as maps:
+            out = super().predict(run, step, x)
+        self._keep(maps)
+        return out
+
+    def _keep(self, maps: Maps) -> None:
+        self._read += 1
+        words = torch.stack([each.pictures() for each in maps["words"]]).mean(0)
+        selves = torch.stack([each.values for each in maps["self"]]).mean(0)
+        share = 1 / self._read
+        self.words = words if self.words is None else torch.lerp(self.words, words, share)
+        self.selves = selves if self.selves is None else torch.lerp(self.selves, selves, share)
+
+
+def found_masks(words: Tensor, selves: Tensor, seeds: float, threshold: float) -> Tensor:
+    """The cells of each LoRA ``[K, h, w]``, no cell of two; each LoRA has at least its best one.
+
+    Args:
+        words: how much each cell attends to each LoRA's words, ``[K, h, w]``.
+        selves: how much each cell (query) attends to each other (key), ``[N, N]``.
+    """
+    count, height, width = words.shape
+    wanted = smoothed(words).flatten(1)
+    wanted = wanted / wanted.amax(1, keepdim=True).clamp(min=1e-12)
+    # A cell may be loud for every word: what counts is by how much a word is louder than the others.
+    lead = wanted - wanted.sum(0) / (count + 1)
+    most = max(1, round(seeds * height * width))
+    alike = torch.stack([selves[:, own.topk(most).indices].mean(1) for own in lead])
+    alike = smoothed(alike.unflatten(1, (height, width))).flatten(1)
+    alike = alike / alike.amax(1, keepdim=True).clamp(min=1e-12)
+    best = alike.argmax(0)
+    masks = torch.stack([(best == index) & (alike[index] >= threshold) for index in range(count)])
+    for index in range(count):
+        if not bool(masks[index].any()):
+            only = masks[masks.sum(1) == 1].any(0)  # not the last cell of another
+            cell = int(lead[index].masked_fill(only, float("-inf")).argmax())
+            masks[:, cell] = False
+            masks[index, cell] = True
+    return masks.unflatten(1, (height, width))
+
+
+class Masked(Method):
+    """Every LoRA on the places of its own region; without regions, where a few steps show its subject.
+
+    Attributes after a run: ``layouts``: the regions, one for all pictures if they were given, else one per picture.
+    """
+
+    takes: ClassVar[type[Options]] = MaskedOptions
+    regions: ClassVar[Literal["none", "optional", "required"]] = "optional"
+    options: MaskedOptions
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        Separate.known(self.options.always, "always", adapters)
+
+    def prepare(self, run: Run) -> None:
+        self.layouts: list[Layout] = []
+        self._spots: dict[tuple[int, str], Spot] = {}
+        if run.regions:
+            self.layouts = [laid_out(run, self.options.prompt or "placed", least=1)]
+        else:
+            self.layouts = self._found(run)
+        if not self.layouts:
+            return
+        rows = len(run.latents) if run.regions else 1
+        shape = run.latents.shape[-2:]
+        self._routes = [layout.placed(*shape) for layout in self.layouts]
+        texts = {one: one.text(rows if run.guided else 0) for layout in self.layouts for one in layout.spots}
+        self._plans = [self._plan(layout.regions, tuple(texts[one] for one in layout.spots)) for layout in self.layouts]
+        self._pairs = [joined(run.negative.rows([row]), run.positive.rows([row])) for row in range(len(run.latents))]
+        if run.regions:
+            self._act(run, 0)
+
+    def _plan(self, regions: Regions, texts: tuple[RegionText, ...]) -> AttentionPlan:
+        isolation = Isolation(regions=regions) if self.options.isolation else None
+        return AttentionPlan(isolation=isolation, regional=Regional(regions=regions, texts=texts))
+
+    def _act(self, run: Run, index: int) -> None:
+        run.attend(self._plans[index])
+        if run.bank is not None:
+            run.bank.route = self._routes[index]
+
+    def _found(self, run: Run) -> list[Layout]:
+        """Regions from a probe run, for each picture; none where there is nothing to look for."""
+        bank = run.bank
+        if bank is None:
+            return []
+        everywhere = tuple(
+            1.0 if {*adapter.names} & {*self.options.always} or adapter.lora.metadata.get("studio.kind") == "style" else 0.0
+            for adapter in bank.adapters
+        )
+        bank.route = constant(everywhere)
+        concepts = [index for index in bank.active if not everywhere[index]]
+        if not concepts:
+            return []
+        say_everywhere(run, everywhere)
+        prompt = (run.wording or Wording(prompt="")).prompt
+        spots = tuple(spot(run, {index: 1.0}, everywhere, prompt, strict=True) for index in concepts)
+        steps = max(2, round(self.options.find * len(run.timesteps)))
+        probe = Probe(spots, steps)
+        run.probe(probe, steps)
+        if probe.words is None or probe.selves is None:
+            raise RuntimeError("the probe has read nothing")
+        pairs = zip(probe.words.cpu(), probe.selves.cpu(), strict=True)
+        masks = [found_masks(words, selves, self.options.seeds, self.options.threshold) for words, selves in pairs]
+        return [self._layout(run, mask, concepts, everywhere, prompt) for mask in masks]
+
+    def _layout(self, run: Run, masks: Tensor, concepts: Sequence[int], everywhere: tuple[float, ...], prompt: str) -> Layout:
+        """One picture's regions, and what is said in each."""
+        adapters = run.bank.adapters if run.bank is not None else ()
+        others = Others(
+            subjects=[adapters[index] for index in concepts],
+            styles=[adapter for adapter, weight in zip(adapters, everywhere, strict=True) if weight and adapter.weight],
+        )
+        boxes = tuple(bounds(mask) for mask in masks)
+        spots = []
+        for index, mask in zip(concepts, masks, strict=True):
+            # The middle of its cells, not of the box around them: one stray cell would move that.
+            middle = float((mask.nonzero()[:, 1] + 0.5).mean()) / mask.shape[1]
+            told = said_by_default(prompt, middle, [adapters[index]], others, self.options.prompt or "whole") or prompt
+            if (index, told) not in self._spots:
+                self._spots[(index, told)] = spot(run, {index: 1.0}, everywhere, told)
+            spots.append(self._spots[(index, told)])
+        return Layout(regions=Regions(masks), boxes=boxes, spots=tuple(spots), everywhere=everywhere)
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        if run.regions or not self.layouts:
+            return run.forward_guided(x, step.timestep)
+        # Masks found for each picture: its rows need a plan of their own.
+        found = []
+        for row, pair in enumerate(self._pairs):
+            run.check_cancelled()
+            self._act(run, row)
+            told = pair if run.guided else run.positive.rows([row])
+            found.append(run.forward(x[row : row + 1].expand(len(told.states), -1, -1, -1), step.timestep, told))
+        cond = torch.cat([out[-1:] for out in found])
+        return (torch.cat([out[:1] for out in found]) if run.guided else None), cond
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        if not self.layouts:
+            return ()
+        layout, shape = self.layouts[0], run.latents.shape[-2:]
+        masks = layout.regions.at(*shape).float().unflatten(1, shape)
+        return [
+            Boxes(title="Regions", boxes=dict(zip(layout.names, layout.boxes, strict=True))),
+            Pictures(
+                title="Masks",
+                text="Where each LoRA acts.",
+                top=1.0,
+                rows={name: [mask] for name, mask in zip(layout.names, masks, strict=True)},
+            ),
+        ]

@@ -1,0 +1,116 @@
+"""Regional passes: every region is denoised alone, with its own LoRAs and prompt, and the predictions are blended by place.
+
+    e(z)[p] = sum_{n = 0..K} W_n[p] e_n(z)[p] / sum_n W_n[p],      W_0 = max(0, 1 - sum_{n > 0} W_n)
+
+``e_n`` is the whole UNet with region n's LoRAs and prompt, ``e_0`` the picture's own prompt with the LoRAs that no region
+names. Each ``W_n`` is 1 in region n, 0 outside, with a soft edge. This is the simple way (latent couple, area conditioning):
+exact for any kind of LoRA, K + 1 passes a step, and nothing keeps a subject from being cut off at its edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from compose.figures import Boxes, Figure
+from compose.figures import Maps as Pictures
+from compose.regions import Said, laid_out
+from compose.routes import per_row
+from compose.run import Method, Options, Run, Step, joined
+from compose.separate import at_once, chunks
+from compose.text import Encoded
+
+
+class RegionalOptions(Options):
+    """Options of :class:`Regional`.
+
+    Args:
+        feather: width of the soft edges, as a share of the picture's shorter side; half of it lies inside the region.
+        prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
+            "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt.
+        chunk: passes per forward; None: as many as fit the family's batch.
+    """
+
+    feather: Annotated[float, Field(ge=0, le=0.5)] = 0.125
+    prompt: Said = "placed"
+    chunk: Annotated[int, Field(ge=1)] | None = None
+
+
+def blend_weights(covered: Tensor, feather: float) -> Tensor:
+    """``W_0 .. W_K`` ``[K + 1, h, w]``, each 0..1 and together 1 everywhere.
+
+    Args:
+        covered: ``[K, h, w]``, true in each region.
+        feather: width of the edges in cells; the edge of the picture is none.
+    """
+    regions = covered.float()
+    reach = round(feather / 2)
+    if reach > 0:
+        padded = F.pad(regions[None], (reach, reach, reach, reach), mode="replicate")
+        regions = F.avg_pool2d(padded, 2 * reach + 1, stride=1)[0]
+    rest = (1 - regions.sum(0, keepdim=True)).clamp(min=0)
+    weights = torch.cat([rest, regions])
+    return weights / weights.sum(0)
+
+
+class Regional(Method):
+    """One pass per region and one for the background, blended."""
+
+    takes: ClassVar[type[Options]] = RegionalOptions
+    regions: ClassVar[Literal["none", "optional", "required"]] = "required"
+    options: RegionalOptions
+
+    def prepare(self, run: Run) -> None:
+        self.layout = laid_out(run, self.options.prompt, least=1)
+        height, width = run.latents.shape[-2:]
+        covered = self.layout.regions.at(height, width).view(-1, height, width)
+        self.weights = blend_weights(covered, self.options.feather * min(height, width)).to(run.latents)
+        spots = self.layout.spots
+        self.acting = [self.layout.everywhere, *(spot.weights for spot in spots)]
+        self.told = [(run.negative, run.positive), *((spot.negative, spot.positive) for spot in spots)]
+        self._rows: dict[tuple[int, ...], Encoded] = {}
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
+        # A pass that shows nowhere need not be made.
+        shown = [index for index, weight in enumerate(self.weights) if bool((weight > 0).any())]
+        for some in self._alike(shown, at_once(run, self.options.chunk)):
+            run.check_cancelled()
+            u, v = self._each(run, x, step, some)
+            weight = self.weights[list(some)][:, None, None]
+            cond += (v * weight).sum(0)
+            if u is not None:
+                uncond += (u * weight).sum(0)
+        return (uncond if run.guided else None), cond
+
+    def _alike(self, passes: Sequence[int], size: int) -> list[Sequence[int]]:
+        """Runs of at most ``size`` passes whose prompts are equally long: only those fit in one forward."""
+        found: list[Sequence[int]] = []
+        for length in dict.fromkeys(self.told[index][1].states.shape[1] for index in passes):
+            found += chunks([index for index in passes if self.told[index][1].states.shape[1] == length], size)
+        return found
+
+    def _each(self, run: Run, x: Tensor, step: Step, some: Sequence[int]) -> tuple[Tensor | None, Tensor]:
+        """What each of ``some`` predicts: ``(uncond or None, cond)``, ``[len(some), n, c, h, w]``."""
+        halves = 2 if run.guided else 1
+        key = tuple(some)
+        if key not in self._rows:
+            self._rows[key] = joined(*(part for index in some for part in self.told[index][2 - halves :]))
+        if run.bank is not None:
+            run.bank.route = per_row(torch.tensor([self.acting[k] for k in some for _ in range(len(x) * halves)]))
+        out = run.forward(x.repeat(len(some) * halves, 1, 1, 1), step.timestep, self._rows[key])
+        out = out.unflatten(0, (len(some), halves, len(x)))
+        return (out[:, 0] if run.guided else None), out[:, -1]
+
+    def explain(self, run: Run) -> Sequence[Figure]:
+        names = ["background", *self.layout.names]
+        text = "How much of each pass is taken where."
+        return [
+            Boxes(title="Regions", boxes=dict(zip(self.layout.names, self.layout.boxes, strict=True))),
+            Pictures(title="Shares", text=text, top=1.0, rows={n: [w.cpu()] for n, w in zip(names, self.weights, strict=True)}),
+        ]

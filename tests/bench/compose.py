@@ -1,0 +1,371 @@
+"""How often each composition method loses or confuses a concept, and what it costs.
+
+    python -m tests.bench.compose train --loras outputs/testbed/loras --jobs 2
+    python -m tests.bench.compose run --loras outputs/testbed/loras --out outputs/testbed --report docs/results.md
+    python -m tests.bench.compose report --loras outputs/testbed/loras --out outputs/testbed
+
+``train`` makes the 22 LoRAs, ``run`` all pictures and the tables, ``report`` only the tables; ``judge`` looks at the kept
+pictures again. All of them go on where they were stopped. ``--limit 4 --methods merge,composite`` makes a small run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+from PIL import Image
+
+from studio.art.scenes import Scene, render
+from studio.errors import RequestError, StudioError
+from studio.requests import GenerateRequest
+from tests.bench.combinations import LORAS, Case, Half, all_cases, cases, scene_of, single_cases
+from tests.bench.compose_judge import Seen, make_judge, seen
+from tests.bench.compose_loras import STEPS, check, teach_all
+from tests.bench.compose_report import report
+from tests.bench.compose_rows import (
+    ROWS,
+    Count,
+    Options,
+    Row,
+    best_candidate,
+    counted,
+    equivalents,
+    fits,
+    key_of,
+    request_of,
+    rows_named,
+    short_steps,
+    things_of,
+)
+from tests.bench.compose_store import Record, Store
+from tests.bench.judge import Judge, vae_roundtrip
+
+EVERY = ("single", "subjects", "others")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, the seconds it took (0: drawn, not generated), and what the product had to say."""
+
+    image: Image.Image
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a run is made with; tests put their own in.
+
+    Args:
+        base: name or folder. base_sha256: of its weights. steps: of its family.
+        loras: hashes of the LoRA files, by name.
+        draw: makes a request. truth: the art's own picture. look: judges one. count: floating-point operations of a request.
+    """
+
+    base: str
+    base_sha256: str
+    steps: int
+    loras: Mapping[str, str]
+    draw: Callable[[GenerateRequest], Drawn]
+    truth: Callable[[Scene], Drawn]
+    look: Callable[[Image.Image, Case, Sequence[str]], list[Seen]]
+    count: Count
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One picture to make: the row as it stands in the table, with its options chosen."""
+
+    row: Row
+    case: Case
+    seed: int
+    request: GenerateRequest
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """Which part of everything: rows, kinds of combinations, the first ``limit`` of each, LoRAs at hand, pictures of each."""
+
+    rows: Sequence[Row]
+    kinds: Sequence[str] = EVERY
+    limit: int = 1000
+    only: frozenset[str] = frozenset(LORAS)
+    pictures: int = 2
+
+    def cases(self, half: Half, kind: str) -> list[Case]:
+        found = single_cases() if kind == "single" else cases(half, kind)  # type: ignore[arg-type]
+        return [case for case in found if self.only >= set(case.loras)][
+            : self.limit * (len(self.only) if kind == "single" else 1)
+        ]
+
+
+class Costs:
+    """Forwards per picture by row and K, counted on the first such combination, and kept in a file."""
+
+    def __init__(self, file: Path, means: Means) -> None:
+        self.file, self.means = file, means
+        self.known: dict[str, float] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+    def of(self, row: Row, case: Case, request: GenerateRequest) -> float:
+        if row.source == "truth":
+            return 0.0
+        count = len(case.loras) if row.source == "method" else 0
+        key = f"{row.method} {sorted(row.options.items())} K={count} boxes={row.boxes and len(case.boxes)} {request.steps}"
+        if key not in self.known:
+            self.known[key] = equivalents(self.means.count, request)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(self.known, indent=1), "utf-8")
+        return self.known[key]
+
+
+class Bench:
+    """A run: what is wanted, what is there, and how to make the rest."""
+
+    def __init__(self, means: Means, scope: Scope, out: Path, say: Callable[[str], None] = print) -> None:
+        self.means, self.scope, self.say = means, scope, say
+        self.store = Store(out)
+        self.costs = Costs(out / "costs.json", means)
+
+    def wish(self, row: Row, case: Case, seed: int) -> Wish:
+        request = request_of(row, case, self.means.base, seed, self.means.steps)
+        if row.like:
+            other = ROWS[row.like]
+            same = request_of(other, case, self.means.base, seed, self.means.steps)
+            mine, theirs = self.costs.of(replace(row, like=""), case, request), self.costs.of(other, case, same)
+            request = request.with_(steps=short_steps(self.means.steps, mine, theirs))
+        return Wish(row, case, seed, request, key_of(row, request, self.means.base_sha256, self.means.loras))
+
+    def wishes(self, rows: Sequence[Row], half: Half, kind: str) -> Iterator[Wish]:
+        """All rows of one combination before the next, so that a run cut short has whole lines."""
+        for case in self.scope.cases(half, kind):
+            for row in rows:
+                if fits(row, case):
+                    for index in range(1 if row.source == "truth" else self.scope.pictures):
+                        yield self.wish(row, case, case.seed + index)
+
+    def make(self, wishes: Sequence[Wish]) -> None:
+        """Make what is missing."""
+        todo = [wish for wish in wishes if wish.key not in self.store.records]
+        start, told = time.monotonic(), 0.0
+        for done, wish in enumerate(todo, 1):
+            self.store.add(*self.made(wish))
+            spent = time.monotonic() - start
+            if spent - told > 20 or done == len(todo):
+                told = spent
+                left = spent / done * (len(todo) - done)
+                self.say(f"  {done}/{len(todo)} pictures, {spent / done:.1f} s each, {left / 60:.0f} min left")
+
+    def made(self, wish: Wish) -> tuple[Record, Image.Image]:
+        row, case = wish.row, wish.case
+        forwards = self.costs.of(row, case, wish.request)
+        drawn = self.means.truth(scene_of(case)) if row.source == "truth" else self.means.draw(wish.request)
+        record = Record(
+            key=wish.key,
+            row=row.name,
+            case=case.id,
+            kind=case.kind,
+            half=case.half,
+            count=len(case.loras),
+            seed=wish.seed,
+            seconds=drawn.seconds,
+            forwards=forwards,
+            seen=tuple(self.means.look(drawn.image, case, things_of(row, case))),
+            notes=drawn.notes,
+        )
+        return record, drawn.image
+
+    def chosen(self, row: Row, kind: str, make: bool) -> Options | None:
+        """The best candidate on the development half; None where its pictures are not there."""
+        rates: list[tuple[float, float]] = []
+        for options in row.candidates:
+            wishes = list(self.wishes([row.at(options)], "development", kind))
+            if make:
+                self.say(f"{row.at(options).name}, development, {kind}: {len(wishes)} pictures")
+                self.make(wishes)
+            found = [self.store.records[wish.key] for wish in wishes if wish.key in self.store.records]
+            if not found:
+                return None
+            rates.append((sum(r.passes() for r in found) / len(found), sum(r.present() for r in found) / len(found)))
+            self.say(f"  {row.at(options).name}: {100 * rates[-1][0]:.1f} % pass, {100 * rates[-1][1]:.1f} % present")
+        return best_candidate(row, rates)
+
+    def go(self, make: bool = True) -> tuple[dict[str, dict[str, list[Record]]], dict[str, str]]:
+        """Make everything of the scope, or with ``make`` off only collect it.
+
+        Returns:
+            Records by kind and row, in the order of the rows; and what was chosen, as text, by kind.
+        """
+        found: dict[str, dict[str, list[Record]]] = {}
+        choices: dict[str, str] = {}
+        for kind in self.scope.kinds:
+            rows = [row for row in self.scope.rows if kind in row.kinds]
+            settled: list[Row] = []
+            for row in rows:
+                options: Options | None = {}
+                if row.candidates:
+                    options = self.chosen(row, kind, make)
+                    if options is not None:
+                        choices[kind] = f"{choices[kind]}; {row.at(options).name}" if kind in choices else row.at(options).name
+                if options is not None:
+                    settled.append(replace(row, options={**row.options, **options}))
+            wishes = list(self.wishes(settled, "report", kind))
+            if make:
+                self.say(f"{kind}: {len(wishes)} pictures")
+                self.make(wishes)
+            for row in settled:
+                there = [self.store.records[w.key] for w in wishes if w.row.name == row.name and w.key in self.store.records]
+                if there:
+                    found.setdefault(kind, {})[row.name] = there
+        return found, choices
+
+    def look_again(self) -> None:
+        """Judge all kept pictures anew."""
+        every = {case.id: case for case in (*all_cases(), *single_cases())}
+        renewed = []
+        for done, record in enumerate(self.store.records.values(), 1):
+            case, row = every[record.case], ROWS[record.row.split(" (")[0]]
+            looked = self.means.look(self.store.open(record.key), case, things_of(row, case))
+            renewed.append(replace(record, seen=tuple(looked)))
+            if done % 50 == 0:
+                self.say(f"  {done}/{len(self.store.records)} pictures judged")
+        self.store.rewrite(renewed)
+
+
+def real_means(base_name: str, folder: Path, only: Sequence[str], cache: Path, judging: bool = True) -> Means:
+    """The product, the judge and the LoRAs of ``folder``.
+
+    Raises:
+        RequestError: LoRAs are missing there, or are of another base.
+    """
+    import torch
+
+    from pipelines import generate
+    from studio.base import load_base
+    from studio.lora.files import file_sha256
+
+    base = load_base(base_name, device="cpu")
+    check(folder, base.sha256, only)
+    roundtrip = vae_roundtrip(base.vae)
+
+    @lru_cache(maxsize=1)
+    def judge() -> Judge:
+        return make_judge(roundtrip, cache)
+
+    def draw(request: GenerateRequest) -> Drawn:
+        result = generate(request, progress=False, lora_dirs=[folder], device="cpu")
+        return Drawn(result.images[0], result.seconds, tuple(result.notes))
+
+    def truth(scene: Scene) -> Drawn:
+        pixels = torch.from_numpy(render(scene).image.copy()).float().permute(2, 0, 1)[None] / 255
+        back = (roundtrip(pixels)[0].permute(1, 2, 0) * 255).round().byte().numpy()
+        return Drawn(Image.fromarray(back))
+
+    def count(request: GenerateRequest) -> int:
+        with counted() as total:
+            draw(request)
+            return total()
+
+    if judging:
+        judge()
+    return Means(
+        base=base_name,
+        base_sha256=base.sha256,
+        steps=base.family.steps,
+        loras={name: file_sha256(folder / f"{name}.safetensors") for name in only},
+        draw=draw,
+        truth=truth,
+        look=lambda image, case, things: seen(judge(), image, case, things),
+        count=count,
+    )
+
+
+def profile(base_name: str, folder: Path, only: Sequence[str]) -> None:
+    """Measure the LoRAs' Fourier profiles, so that no picture's time holds one."""
+    from compose.bank import Adapter, LoraBank
+    from compose.profile import profiled
+    from studio.base import load_base
+    from studio.lora.files import load_lora
+
+    base = load_base(base_name, device="cpu")
+    for name in only:
+        with LoraBank.on(base, [Adapter(name, load_lora(folder / f"{name}.safetensors"))]) as bank:
+            profiled(base, bank, 0)
+
+
+def names_of(text: str | None, known: Sequence[str], what: str) -> list[str]:
+    """A list written with commas.
+
+    Raises:
+        RequestError: a name that is not known.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()] if text else []
+    for name in names:
+        if name not in known:
+            raise RequestError(f"no {what} '{name}': choose of {', '.join(known)}")
+    return names
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m tests.bench.compose", description=(__doc__ or "").split("\n")[0])
+    made.add_argument("what", choices=("train", "run", "report", "judge"))
+    made.add_argument("--base", default="embedded")
+    made.add_argument("--loras", type=Path, default=Path("outputs/testbed/loras"))
+    made.add_argument("--out", type=Path, default=Path("outputs/testbed"))
+    made.add_argument("--cache", type=Path, help="folder for the judge's templates (default: --out)")
+    made.add_argument("--only", help="LoRAs at hand, with commas: only combinations of these")
+    made.add_argument("--methods", help=f"rows, with commas, of {', '.join(ROWS)}")
+    made.add_argument("--kinds", help=f"of {', '.join(EVERY)}")
+    made.add_argument("--limit", type=int, default=1000, help="combinations of each kind and half")
+    made.add_argument("--pictures", type=int, default=2, help="seeds of each combination")
+    made.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    made.add_argument("--steps", type=int, default=STEPS, help="of a training")
+    made.add_argument("--report", type=Path, help="page whose section is replaced; its pictures go beside it")
+    return made
+
+
+def run(given: argparse.Namespace) -> None:
+    only = names_of(given.only, list(LORAS), "LoRA") or list(LORAS)
+    rows = rows_named(names_of(given.methods, list(ROWS), "row"))
+    kinds = names_of(given.kinds, EVERY, "kind") or list(EVERY)
+    if min(given.limit, given.pictures, given.jobs, given.steps) < 1:
+        raise RequestError("--limit, --pictures, --jobs and --steps must be at least 1")
+    if given.what == "train":
+        from studio.base import load_base
+
+        base = load_base(given.base, device="cpu")
+        teach_all(given.loras, given.base, base.sha256, only, given.jobs, given.steps)
+        return
+    say = partial(print, flush=True)
+    means = real_means(given.base, given.loras, only, given.cache or given.out, judging=given.what != "report")
+    if given.what == "run" and any(row.method == "cmlora" for row in rows):
+        profile(given.base, given.loras, only)
+    scope = Scope(rows=rows, kinds=kinds, limit=given.limit, only=frozenset(only), pictures=given.pictures)
+    bench = Bench(means, scope, given.out, say)
+    if given.what == "judge":
+        bench.look_again()
+    found, choices = bench.go(make=given.what == "run")
+    if not any(found.values()):
+        raise RequestError(f"{given.out} holds no pictures of this base and these LoRAs: make them with 'run'")
+    page = given.report or given.out / "report.md"
+    report(page, bench.store, found, choices, means.base_sha256, given.pictures)
+    say(f"{page}")
+
+
+def main() -> int:
+    try:
+        run(parser().parse_args())
+    except StudioError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

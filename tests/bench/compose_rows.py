@@ -1,0 +1,180 @@
+"""The rows of the table of composition methods: what each is, which request it makes of a combination, what it costs.
+
+A row is a method with options, and whether it is told the boxes. Adding one is a line in :data:`ROWS`. A row with candidates
+stands in the table at the one that is best on the development half, for each kind of combination.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from studio.errors import UnknownNameError
+from studio.requests import GenerateRequest
+from tests.bench.combinations import Case, prompt_of, stand_ins
+
+Source = Literal["method", "base", "known", "truth"]
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        method, options: of the requests. boxes: give the regions too.
+        source: "method"; "base": without LoRAs; "known": without LoRAs, named concepts standing in for the subjects;
+            "truth": the art's own picture through the VAE, which shows what the judge can see.
+        kinds: of combinations it is made on.
+        candidates: options to choose from on the development half.
+        like: the row whose computing time this one gets, by taking fewer steps.
+    """
+
+    name: str
+    method: str = "merge"
+    options: Options = field(default_factory=dict)
+    boxes: bool = False
+    source: Source = "method"
+    kinds: tuple[str, ...] = ("subjects", "others")
+    candidates: tuple[Options, ...] = ()
+    like: str = ""
+
+    def at(self, options: Options) -> Row:
+        """This row with one of its candidates, under a name of its own."""
+        name = ", ".join(f"{key} {value}" for key, value in options.items())
+        return Row(f"{self.name} ({name})", self.method, {**self.options, **options}, self.boxes, self.source, self.kinds)
+
+
+MERGE_WEIGHTS: tuple[Options, ...] = tuple({"weight": weight} for weight in (0.4, 0.55, 0.7, 0.85, 1.0, "1/K"))
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row("truth", source="truth", kinds=("subjects", "others", "single")),
+        Row("known", source="known", kinds=("subjects",)),
+        Row("floor", source="base", kinds=("subjects", "others", "single")),
+        Row("single", kinds=("single",)),
+        Row("merge", candidates=MERGE_WEIGHTS),
+        Row("switch", "switch"),
+        Row("composite", "composite"),
+        Row("composite-short", "composite", like="cmlora"),
+        Row("cmlora", "cmlora"),
+        Row("attend", "attend", kinds=("subjects",)),
+        Row("clora", "clora", kinds=("subjects",)),
+        Row("masked-found", "masked", kinds=("subjects",)),
+        Row("masked", "masked", boxes=True, kinds=("subjects",)),
+        Row("regional", "regional", boxes=True, kinds=("subjects",)),
+        Row("lora-composer", "lora-composer", boxes=True, kinds=("subjects",)),
+    )
+}
+
+USUAL = ("truth", "known", "floor", "single", "merge", "switch", "composite", "composite-short", "cmlora")
+"""The rows of a run that names none."""
+PAIRS = (("cmlora", "composite"), ("cmlora", "switch"), ("cmlora", "composite-short"))
+"""Differences that get a table of their own, beside each method's to the merge."""
+REFERENCE = "merge"
+
+
+def rows_named(names: Sequence[str]) -> list[Row]:
+    """The rows called so, in the order of the table; none: the usual ones.
+
+    Raises:
+        UnknownNameError: no such row.
+    """
+    for name in names:
+        if name not in ROWS:
+            raise UnknownNameError("row", name, ROWS)
+    return [row for row in ROWS.values() if row.name in (names or USUAL)]
+
+
+def request_of(row: Row, case: Case, base: str, seed: int, steps: int | None = None) -> GenerateRequest:
+    """What is asked of the product. Pictures are made one seed at a time."""
+    known = dict(zip(case.things, stand_ins(case), strict=True)) if row.source == "known" else None
+    named = row.source == "method"
+    return GenerateRequest.of(
+        prompt=prompt_of(case, known),
+        base=base,
+        loras=case.loras if named else (),
+        method=row.method,
+        options=dict(row.options) if named else {},
+        seed=seed,
+        steps=steps,
+        **({"regions": regions_of(case)} if row.boxes and named else {}),
+    )
+
+
+def regions_of(case: Case) -> tuple[str, ...]:
+    """``NAME@x0,y0,x1,y1`` of each thing that is drawn."""
+    drawn = case.of("subject", "object")
+    return tuple(f"{t.name}@{','.join(f'{side:g}' for side in box)}" for t, box in zip(drawn, case.boxes, strict=True))
+
+
+def things_of(row: Row, case: Case) -> tuple[str, ...]:
+    """The concepts to look for."""
+    return stand_ins(case) if row.source == "known" else case.things
+
+
+def fits(row: Row, case: Case) -> bool:
+    """Whether a row is made on a combination. A merge of one LoRA is that LoRA; singles have a row of their own."""
+    return case.kind in row.kinds
+
+
+def key_of(row: Row, request: GenerateRequest, base_sha256: str, loras: Mapping[str, str]) -> str:
+    """Identity of one picture: row, request, and the hashes of base and LoRAs. The name of the base does not matter."""
+    told = request.model_dump(mode="json", exclude={"base"}, exclude_defaults=True)
+    files = [loras.get(ref.name, "") for ref in request.loras]
+    return hashlib.sha256(json.dumps([row.name, row.source, told, base_sha256, files]).encode()).hexdigest()[:20]
+
+
+def best_candidate(row: Row, rates: Sequence[tuple[float, float]]) -> Options:
+    """The candidate with the most pictures that pass, then with the most LoRAs present; of equals the first."""
+    return row.candidates[max(range(len(rates)), key=lambda index: (rates[index], -index))]
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[], int]]:
+    """Floating-point operations of matrix products, convolutions and attention made meanwhile, forwards and backwards."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ops = torch.ops.aten
+    attend = ops._scaled_dot_product_flash_attention_for_cpu
+    mapping = {attend: _attention, ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        yield counter.get_total_flops
+
+
+Shape = Sequence[int]
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
+    """``2 N M (d + e)`` for each head: the counter of torch leaves out the CPU's fused kernel."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
+    """Scores again, and the gradients of scores, queries, keys and values."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+
+
+Count = Callable[[GenerateRequest], int]
+
+
+def equivalents(count: Count, request: GenerateRequest) -> float:
+    """What a request computes, in guided forwards of the stock UNet for one picture (conditional and unconditional rows).
+
+    The prompt's encoding and the decoding of the picture are taken off: they follow from two stock runs of different length.
+    """
+    stock = GenerateRequest.of(prompt=request.prompt, base=request.base, seed=request.seed)
+    short, long = count(stock.with_(steps=2)), count(stock.with_(steps=4))
+    one = (long - short) / 2
+    return (count(request) - (short - 2 * one)) / one
+
+
+def short_steps(steps: int, mine: float, theirs: float) -> int:
+    """Steps that cost no more than another method's run: ``mine`` and ``theirs`` are what both cost with ``steps``."""
+    return max(1, int(steps * min(theirs / mine, 1.0)))

@@ -1,0 +1,91 @@
+"""Everything a user can get wrong before a training: one clear sentence each, and nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio.errors import StudioError
+from tests.training.conftest import Configure
+from training import train_concept
+
+Spoil = Callable[[Path], dict[str, Any]]
+
+
+def no_pictures(folder: Path) -> dict[str, Any]:
+    for path in folder.iterdir():
+        path.unlink()
+    return {}
+
+
+def one_picture(folder: Path) -> dict[str, Any]:
+    for path in sorted(folder.iterdir())[2:]:
+        path.unlink()
+    return {}
+
+
+def broken_picture(folder: Path) -> dict[str, Any]:
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    return {}
+
+
+def lonely_caption(folder: Path) -> dict[str, Any]:
+    (folder / "9.txt").write_text("a {trigger} apple")
+    return {}
+
+
+def file_in_the_way(folder: Path) -> dict[str, Any]:
+    (folder.parent / "out").write_text("a file")
+    return {"output": folder.parent / "out" / "zqx.safetensors"}
+
+
+def values(**changes: Any) -> Spoil:
+    return lambda folder: changes
+
+
+CASES: dict[str, tuple[Spoil, str]] = {
+    "no pictures": (no_pictures, "no pictures in"),
+    "one picture": (one_picture, "holds one picture"),
+    "broken picture": (broken_picture, "2.png' is broken"),
+    "caption without picture": (lonely_caption, "9.txt' has no picture of the same name"),
+    "no folder": (values(data="nowhere"), "'nowhere' does not exist"),
+    "known trigger": (values(trigger="apple"), "'apple' is already a known word of 'tiny'"),
+    "empty trigger": (values(trigger=" "), "trigger is empty"),
+    "rank 0": (values(rank=0), "'rank' is 0"),
+    "huge rank": (values(rank=10_000), "'rank' is 10000"),
+    "rank above the layers": (values(rank=300), "rank 300 is more than any chosen layer"),
+    "negative rate": (values(learning_rate=-1e-4), "'learning_rate' is -0.0001"),
+    "negative rate of words": (values(train_text="embedding", token_learning_rate=-1.0), "'token_learning_rate' is -1.0"),
+    "output in a file": (file_in_the_way, "cannot be written"),
+    "output nowhere": (values(output="/proc/no/zqx.safetensors"), "cannot be written"),
+    "output of another kind": (values(output="zqx.ckpt"), "must end in .safetensors"),
+    "missing optimiser": (values(optimizer="Lion"), "needs the package lion_pytorch"),
+    "unknown optimiser": (values(optimizer="adamz"), "'optimizer' is 'adamz'"),
+    "two rates for prodigy": (
+        values(optimizer="Prodigy", train_text="lora", text_learning_rate=1e-4),
+        "has one rate for everything",
+    ),
+    "nothing to learn": (values(train_unet=False), "nothing would be learnt"),
+    "half precision on a CPU": (values(precision="fp16"), "needs a CUDA device"),
+    "unknown device": (values(device="tpu"), "'device' is 'tpu'"),
+    "no such device": (values(device="mps"), "this machine has none that works"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence_and_nothing_is_trained(
+    configure: Configure, pictures: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    def trained(*args: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr("training.adapters.attached", trained)
+    spoil, said = CASES[case]
+    with pytest.raises(StudioError) as caught:
+        train_concept(configure(**spoil(pictures)))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (pictures.parent / "out" / "zqx.train").exists()

@@ -1,0 +1,91 @@
+"""What other trainers call our options, and which options do not change what is learnt."""
+
+from __future__ import annotations
+
+FOREIGN_NAMES = {
+    "lr": "learning_rate",
+    "unet_lr": "learning_rate",
+    "rate": "learning_rate",
+    "text_encoder_lr": "text_learning_rate",
+    "network_dim": "rank",
+    "linear": "rank",
+    "lora_rank": "rank",
+    "network_alpha": "alpha",
+    "linear_alpha": "alpha",
+    "batch_size": "batch",
+    "train_batch_size": "batch",
+    "max_train_steps": "steps",
+    "max_train_epochs": "epochs",
+    "trigger_word": "trigger",
+    "folder_path": "data",
+    "train_data_dir": "data",
+    "instance_data_dir": "data",
+    "output_dir": "output",
+    "output_name": "output",
+    "min_snr_gamma": "min_snr",
+    "snr_gamma": "min_snr",
+    "caption_dropout_rate": "caption_dropout",
+    "flip_aug": "flip",
+    "gradient_accumulation_steps": "accumulation",
+    "mixed_precision": "precision",
+    "lr_scheduler": "schedule",
+    "lr_warmup_steps": "warmup",
+    "pretrained_model_name_or_path": "base",
+    "num_repeats": "repeats",
+    "enable_bucket": "buckets",
+    "optimizer_type": "optimizer",
+    "prior_loss_weight": "prior_weight",
+    "max_grad_norm": "clip",
+    "train_text_encoder": "train_text",
+    "placeholder_token": "trigger",
+    "token_string": "trigger",
+    "initializer_token": "token_init",
+    "init_word": "token_init",
+    "num_vectors": "tokens",
+    "num_vectors_per_token": "tokens",
+    "embedding_lr": "token_learning_rate",
+    "sample_every": "preview_every",
+    "sample_every_n_steps": "preview_every",
+    "validation_steps": "preview_every",
+    "sample_prompts": "preview_prompts",
+    "validation_prompt": "preview_prompts",
+    "prompts": "preview_prompts",
+    "save_every_n_steps": "save_every",
+    "checkpointing_steps": "checkpoint_every",
+    "lr_scheduler_num_cycles": "cycles",
+    "train_batch": "batch",
+    "max_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "logging_dir": "tensorboard",
+    "dtype": "precision",
+    "cache_latents_to_disk": "cache_latents",
+    "cache_text_encoder_outputs": "cache_text",
+}
+"""What kohya's scripts, diffusers' examples and ai-toolkit call our keys."""
+
+SPELLINGS = {
+    "constant_with_warmup": "constant",
+    "cosine_with_min_lr": "cosine",
+    "adamw_8bit": "adamw8bit",
+    "lion_8bit": "lion8bit",
+    "sgdnesterov": "sgd",
+}
+"""What others call our optimisers and schedules."""
+
+NEUTRAL = frozenset(
+    [
+        "output",
+        "device",
+        "checkpoint_every",
+        "save_every",
+        "preview_every",
+        "preview_prompts",
+        "preview_seed",
+        "preview_steps",
+        "tensorboard",
+        "restart",
+        "cache_text",
+        "cache_latents",
+    ]
+)
+"""Options that do not change what is learnt: a run may be resumed with others, and its file does not record them."""
