@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from compose.schedulers import SAMPLERS
     from compose.text import encode, encode_pair
 
-__all__ = ["METHODS", "SAMPLERS", "Adapter", "LoraBank", "Method", "denoise", "encode", "encode_pair", "method_named"]
+__all__ = [
+    "METHODS",
+    "SAMPLERS",
+    "Adapter",
+    "LoraBank",
+    "Method",
+    "denoise",
+    "encode",
+    "encode_pair",
+    "method_class",
+    "method_named",
+]
 
 _HOME = {
     "Adapter": "compose.bank",
@@ -46,20 +57,29 @@ def method_named(name: str, **options: Any) -> Method:
     """
     from studio.errors import RequestError, UnknownNameError
 
-    if name not in METHODS:
-        raise UnknownNameError("method", name, METHODS)
-    kind = _class(name)
+    kind = method_class(name)
     try:
-        return kind.of(**options)
+        checked = kind.takes.of(**options)
     except UnknownNameError as error:
-        owners = [other for other in METHODS if other != name and error.name in _class(other).takes.model_fields]
+        owners = [other for other in METHODS if other != name and error.name in method_class(other).takes.model_fields]
         hint = f"({' and '.join(repr(other) for other in owners)} have it)" if owners else ""
         raise UnknownNameError(f"option of method '{name}'", error.name, kind.takes.model_fields, hint) from error
     except RequestError as error:
         raise RequestError(f"method '{name}': option {error}") from error
+    # Outside: a method that wraps another raises that one's own errors, which name it.
+    return kind(checked)
 
 
-def _class(name: str) -> type[Method]:
+def method_class(name: str) -> type[Method]:
+    """The class of a method of :data:`METHODS`.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    from studio.errors import UnknownNameError
+
+    if name not in METHODS:
+        raise UnknownNameError("method", name, METHODS)
     module, cls = METHODS[name]
     found: type[Method] = getattr(import_module(module), cls)
     return found

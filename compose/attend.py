@@ -5,6 +5,7 @@
 
 At some shares of the schedule the update is repeated until every subject has its threshold, at most ``refinements`` times.
 Each subject should own at least one place; nothing says which.
+Where the prompt says a place, it must stand before the noun to be known to it, as :mod:`compose.clora` says.
 
 It is a method that wraps another rather than an option of each: the wrapped one sets its routes and prompts as ever,
 then the latents are moved, then it predicts, and it need not know. Maps are read with the LoRAs that it lets act at that
@@ -16,7 +17,6 @@ stop being refined one by one; the pass is conditional, stops at the last map, a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,75 +24,51 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from compose.attention import Maps
 from compose.bank import Adapter, Layer
 from compose.figures import Curves, Figure
 from compose.finder import locate
-from compose.guidance import Unit, begins_step, latents_gradient, mean_map, reaches, scaled, updated, word_maps
-from compose.regions import called
+from compose.guidance import Loss, Unit, begins_step, latents_gradient, phi, reaches, scaled, updated, visits, word_maps
+from compose.maps import mean_map, smoothed
+from compose.options import Share, Strength, from_json, names
 from compose.routes import constant
 from compose.run import Method, Options, Run, Step
-from compose.separate import names
 from compose.text import words_of
 from studio.errors import RequestError
-from studio.requests import Finite
 
 SHARPNESS = 100.0
 """Multiplies the maps before words compete for each place."""
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class AttendOptions(Options):
     """Options of :class:`Attend`; the defaults are the paper's, of 50 steps at 512 x 512.
 
     Args:
-        method: the one that composes. inner: its own options.
-        words: phrases of the prompt that must each have a place; none: what the LoRAs call their subjects.
-        step: of the first update; it falls to its root of one half. unit: of the step, see
-            :func:`compose.guidance.scaled`.
-        until: share of the schedule that is guided.
-        thresholds: what the weakest subject must have reached at which share of the schedule: ``{0: 0.05, ...}``.
-        refinements: updates at most where it has not.
+        method: the method that composes the LoRAs, such as merge or switch.
+        inner: the options of that method, such as {"tau": 2}.
+        words: words of the prompt that must each have a place. By default what the LoRAs call their subjects.
+        step: how far the first update moves the latents against the gradient; it falls to 0.71 of that; the paper has 20. 0
+            turns guidance off.
+        unit: what ``step`` counts in. "gradient": the gradient as it is, as in the paper; "noise": shares of the noise in the
+            latents, the same on every model (try 0.05 to 0.2).
+        until: share of the schedule at which updates end; the paper has 0.5.
+        thresholds: by share of the schedule, how much of its best place the weakest subject must have there, or updates are
+            repeated; the paper has {"0": 0.05, "0.2": 0.5, "0.4": 0.8}.
+        refinements: how often at most they are repeated; the paper has 20.
     """
 
     method: str = "merge"
     inner: Mapping[str, Any] = Field(default_factory=dict)
     words: tuple[str, ...] = ()
-    step: Annotated[Finite, Field(ge=0)] = 20.0
+    step: Strength = 20.0
     unit: Unit = "gradient"
     until: Share = 0.5
     thresholds: Mapping[Share, Share] = Field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
     refinements: Annotated[int, Field(ge=0)] = 20
 
     _words = field_validator("words", mode="before")(names)
-
-    @field_validator("inner", "thresholds", mode="before")
-    @classmethod
-    def _from_json(cls, value: object) -> object:
-        """Also as JSON text."""
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"is no JSON ({error})") from None
-
-
-def kernel() -> Tensor:
-    """The published 3 x 3 kernel, ``exp(-((x / (2 sigma))^2)`` with sigma 1/2: wider than the Gaussian of that name."""
-    line = torch.exp(-(torch.tensor([-1.0, 0.0, 1.0]) ** 2))
-    line = line / line.sum()
-    return line[:, None] * line[None, :]
-
-
-def smooth(maps: Tensor) -> Tensor:
-    """``[n, S, h, w]`` smoothed, the picture mirrored at its borders."""
-    one = kernel().to(maps)[None, None]
-    padded = F.pad(maps, (1, 1, 1, 1), mode="reflect")
-    return F.conv2d(padded.flatten(0, 1)[:, None], one).view_as(maps)
+    _written = field_validator("inner", "thresholds", mode="before")(from_json)
 
 
 def competing(maps: Tensor, context: int) -> Tensor:
@@ -105,12 +81,7 @@ def competing(maps: Tensor, context: int) -> Tensor:
 def neglect(maps: Tensor, sets: Tensor, context: int) -> Tensor:
     """``1 - max smooth(A_s)`` of each subject, ``[n, S]``, from maps of all columns ``[n, L, h, w]`` and sets ``[S, L]``."""
     own = torch.einsum("nlhw,sl->nshw", competing(maps, context), sets.to(maps))
-    return 1 - smooth(own).amax((2, 3))
-
-
-def draws(adapter: Adapter) -> bool:
-    """Whether a LoRA acts and draws a subject; a style has no place of its own."""
-    return adapter.weight != 0 and adapter.lora.metadata.get("studio.kind") != "style"
+    return 1 - smoothed(own).amax((2, 3))
 
 
 class Attend(Method):
@@ -145,7 +116,7 @@ class Attend(Method):
         self.sets: Tensor | None = None
         self.method.prepare(run)
         requested = run.bank.requested if run.bank is not None else ()
-        phrases = list(self.options.words) or [called(adapter) for adapter in requested if draws(adapter)]
+        phrases = list(self.options.words) or [a.lora.called for a in requested if a.weight != 0 and not a.lora.is_style]
         if self.options.step == 0 or not phrases:
             return
         if not all(phrases):
@@ -164,7 +135,8 @@ class Attend(Method):
         self.updates.append(0)
         if self.sets is None or step.fraction >= self.options.until or not begins_step(run.scheduler):
             return
-        wanted = [threshold for share, threshold in self.options.thresholds.items() if reaches(step, share)]
+        each = visits(run.scheduler)
+        wanted = [threshold for share, threshold in self.options.thresholds.items() if reaches(step, share, each)]
         for _ in range(self.options.refinements if wanted else 0):
             value, gradient = self.descent(run, step)
             lacking = value > 1 - max(wanted)
@@ -185,7 +157,7 @@ class Attend(Method):
                 run, step, run.latents, [word_maps(run, "words", None)], self.loss(run), encoded=run.positive
             )
 
-    def loss(self, run: Run) -> Any:
+    def loss(self, run: Run) -> Loss:
         """The loss as a function of the maps of all columns."""
 
         def weakest(maps: Maps) -> Tensor:
@@ -197,7 +169,7 @@ class Attend(Method):
 
     def update(self, run: Run, step: Step, value: Tensor, gradient: Tensor) -> None:
         """One step down the gradient."""
-        size = self.options.step * (1 - step.fraction / 2) ** 0.5
+        size = phi(step.skipped + step.index, step.skipped + step.count, self.options.step)
         run.latents = updated(run.latents, scaled(run, step, gradient, self.options.unit), size)
         self.losses.append(value)
         self.updates[-1] += 1

@@ -366,8 +366,9 @@ def read(q: Tensor, k: Tensor, sets: Tensor | None, allowed: Tensor | None, kern
         maps = logits.softmax(-1).mean(1)
         return maps if sets is None else maps @ sets.to(wide).transpose(-1, -2)
     if sets is None or allowed is not None:
-        raise ValueError(
-            f"a map of {queries} x {keys} is too large to be read entry by entry: read sets of keys, or fewer layers"
+        raise RequestError(
+            f"this method reads who looks at whom entry by entry, and {queries} x {keys} places are too many for that: "
+            "choose a smaller picture"
         )
     return mass(q, k, sets, kernel)
 

@@ -27,7 +27,6 @@ What is different from the published code, as two ports of it have it:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
@@ -39,27 +38,29 @@ from torch import Tensor
 from compose.attention import Map, Maps
 from compose.bank import Adapter
 from compose.clora_masks import Change, Rule, changed, fused, owned, shares, with_background
-from compose.contrast import TAU, min_max, nt_xent
+from compose.contrast import TAU, nt_xent
 from compose.figures import Curves, Figure
-from compose.figures import Maps as MapFigure
+from compose.figures import Maps as Pictures
 from compose.guidance import (
     Unit,
     as_leaf,
     begins_step,
     finite,
     maps_of,
-    mean_map,
     on_maps,
     pulled_back,
     reaches,
     scaled,
     updated,
+    visits,
     word_maps,
 )
+from compose.maps import mean_map, min_max
+from compose.options import Count, Share, Strength, from_json, names, numbers
 from compose.plan import AttentionPlan
 from compose.routes import per_row
 from compose.run import Options, Run, Step, joined
-from compose.separate import Separate, SeparateOptions, at_once, chunks, names
+from compose.separate import Separate, SeparateOptions, at_once, chunks, known
 from compose.text import words_of
 from compose.variants import Variants, subjects_of, variants_of
 from studio.errors import RequestError
@@ -68,36 +69,43 @@ from studio.requests import Finite
 BASE = -1
 """In the place of a concept: the pass of ``p_0``, without any."""
 
-Share = Annotated[float, Field(ge=0, le=1)]
-
 
 class CLoRAOptions(SeparateOptions):
     """Options of :class:`CLoRA`; the defaults are the paper's, of 50 steps at 512 x 512.
 
     Args:
         always: LoRAs that act in every pass; those whose file says that they are styles do so anyway.
-        triggers, nouns: by LoRA name, where a file does not know its own or the prompt has other words.
-        step: alpha. unit: of the step; see :func:`compose.guidance.scaled`.
-        until: share of the schedule that is guided.
-        refine: shares at which the update is repeated ``refinements`` times, each with maps of its own; the published notebook
-            has 0, 0.2 and 0.4. between: whether steps without refinement are guided too.
-        tau: temperature of the contrast.
-        masks: how maps become masks, see :mod:`compose.clora_masks`. threshold: alpha_m. mask_after: share of the schedule
-            before which all passes have equal parts everywhere.
-        morphology: what is done to masks: "dilate", "erode", "open", "close", in this order.
-        base_keeps: whether the base also has the places of its own nouns, not only those that nobody else has.
-        gradient: "two-pass" holds one graph at a time, "joint" all.
-        chunk: passes per forward; None: one in guidance, and else as many as fit the family's batch.
-        legacy_eps: predict at the latent from before the update.
+        triggers: the trigger by LoRA name, such as {"cat-face": "zarn"}, where its file does not tell it.
+        nouns: the noun that a LoRA draws, by LoRA name, such as {"cat-face": "animal"}, where its file does not tell it or the
+            prompt has another word.
+        step: alpha, how far each update moves the latents against the gradient; the paper has 20. 0 turns guidance off.
+        unit: what ``step`` counts in. "gradient": the gradient as it is, as in the paper; "noise": shares of the noise in the
+            latents, the same on every model (try 0.05 to 0.2).
+        until: share of the schedule at which updates end; the paper has 0.5.
+        refine: shares of the schedule at which many updates are made in a row; the published notebook has 0,0.2,0.4.
+        refinements: how many updates those are; the published notebook has 20.
+        between: whether the other steps have an update too, as in the paper.
+        tau: temperature of the contrast: the smaller, the more the hardest pair of subjects counts; the paper has 0.5.
+        masks: when a place belongs to a subject. "max": where a map is over ``threshold`` times its largest value, as in the
+            paper; "range": the same after the map is brought to 0..1; "winner": so, and only where no other is stronger.
+        threshold: alpha_m, the share of a map's largest value that a place must exceed; the paper has 0.3.
+        mask_after: share of the schedule before which no masks act and all passes have equal parts; the paper has 0.
+        morphology: what is done to masks, in the order dilate, erode, open, close; the paper does nothing.
+        base_keeps: whether the pass without LoRAs also has the places of its own nouns, not only those that nobody else has.
+        gradient: "two-pass" holds the graph of one pass at a time; "joint" holds all of them, which is faster and needs more
+            memory. Both give the same.
+        chunk: passes that share a forward; 1 needs least memory. By default 1 in guidance, and else as many as fit the base's
+            batch.
+        legacy_eps: whether predictions are those from before the update, as in the published code.
     """
 
     triggers: Mapping[str, str] = Field(default_factory=dict)
     nouns: Mapping[str, str] = Field(default_factory=dict)
-    step: Annotated[Finite, Field(ge=0)] = 20.0
+    step: Strength = 20.0
     unit: Unit = "gradient"
     until: Share = 0.5
     refine: tuple[Share, ...] = ()
-    refinements: Annotated[int, Field(ge=1)] = 20
+    refinements: Count = 20
     between: bool = True
     tau: Annotated[Finite, Field(gt=0)] = TAU
     masks: Rule = "max"
@@ -106,21 +114,12 @@ class CLoRAOptions(SeparateOptions):
     morphology: tuple[Change, ...] = ()
     base_keeps: bool = False
     gradient: Literal["two-pass", "joint"] = "two-pass"
-    chunk: Annotated[int, Field(ge=1)] | None = None
+    chunk: Count | None = None
     legacy_eps: bool = False
 
-    _lists = field_validator("refine", "morphology", mode="before")(names)
-
-    @field_validator("triggers", "nouns", mode="before")
-    @classmethod
-    def _from_json(cls, value: object) -> object:
-        """Also as JSON text."""
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"is no JSON ({error})") from None
+    _names = field_validator("always", "morphology", mode="before")(names)
+    _numbers = field_validator("refine", mode="before")(numbers)
+    _written = field_validator("triggers", "nouns", mode="before")(from_json)
 
 
 class CLoRA(Separate):
@@ -143,10 +142,11 @@ class CLoRA(Separate):
         self.masks: Tensor | None = None
         self.history: list[tuple[int, Tensor]] = []
         self.variants = None
-        self.prompts, self._rows = {}, {}
+        self.prompts = {}
         bank = run.bank
         self.check(bank.adapters if bank is not None else ())
         if bank is None:
+            self.always = self.concepts = ()
             return
         self.always = tuple(k for k in bank.active if self.is_always(bank.adapters[k]))
         self.concepts = tuple(k for k in bank.active if k not in self.always)
@@ -168,12 +168,12 @@ class CLoRA(Separate):
         bank.route = self.only(run, None)
 
     def is_always(self, adapter: Adapter) -> bool:
-        return adapter.lora.metadata.get("studio.kind") == "style" or bool({*adapter.names} & {*self.options.always})
+        return adapter.lora.is_style or super().is_always(adapter)
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         super().check(adapters)
         for option in ("triggers", "nouns"):
-            self.known(tuple(getattr(self.options, option)), option, adapters)
+            known(getattr(self.options, option), option, adapters)
 
     @property
     def passes(self) -> tuple[int, ...]:
@@ -184,7 +184,7 @@ class CLoRA(Separate):
         self.updates.append(0)
         if not self.guides(run, step):
             return
-        refining = any(reaches(step, share) for share in self.options.refine)
+        refining = any(reaches(step, share, visits(run.scheduler)) for share in self.options.refine)
         if refining or (self.options.between and not self.options.legacy_eps):
             for _ in range(self.options.refinements if refining else 1):
                 self.update(run, step)
@@ -201,7 +201,7 @@ class CLoRA(Separate):
         figures: list[Figure] = []
         if self.history:
             figures.append(
-                MapFigure(title="Who draws where", text="Masks of the first picture.", rows=rows, columns=moments, top=1)
+                Pictures(title="Who draws where", text="Masks of the first picture.", rows=rows, columns=moments, top=1)
             )
         if self.losses:
             text = "How badly the maps of different subjects are told apart; lower is better."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compose.contrast import min_max
+from compose.maps import min_max
 
 Change = Literal["dilate", "erode", "open", "close"]
 Rule = Literal["max", "range", "winner"]

@@ -27,54 +27,52 @@ from torch import Tensor
 
 from compose.bank import Adapter
 from compose.figures import Curves, Figure, Schedule
+from compose.options import Count, Share, Strength, names, numbers
 from compose.profile import profiled, stored
 from compose.run import Options, Run, Step
-from compose.separate import Separate, SeparateOptions, at_once, chunks, names
+from compose.separate import Separate, SeparateOptions, at_once, chunks, known
 from compose.shallow import captured, skipping, usable_cut
 from studio.requests import Finite
 
 Order = Literal["paper", "reversed", "random", "rotation"]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
 
 
 class CMLoRAOptions(SeparateOptions):
     """Options of :class:`CMLoRA`; the defaults are the paper's.
 
     Args:
-        order: which LoRAs dominate when. "paper": high-frequency ones before ``phase``, low-frequency ones after; "reversed";
-            "random": any, drawn anew at each rotation; "rotation": all in turn.
-        phase: share of the schedule.
-        intervals: c1 and c2, steps between refreshes. breaks: a and b. (1, 1) makes every step a refresh.
-        dominance: q_0; None: n - 1/2. 1 gives all the same weight. decay: multiplies 2^-m; 0 keeps q_0.
-        max_age: steps after which a kept feature is renewed also for LoRAs that do not dominate; 0: never, as in the paper.
-        cache: False makes every forward a whole one.
-        cut: up blocks of a shallow forward; None: as few as have attention.
-        high: names of the high-frequency LoRAs; None: by their profiles.
-        chunk: LoRAs per forward; None: as many as fit the family's batch.
-        seed: of the order "random".
+        order: which LoRAs dominate when. "paper": those of fine detail before the share ``phase``, those of broad shapes after
+            it; "reversed": the other way round; "random": any, drawn anew at each turn; "rotation": all in turn.
+        phase: share of the schedule at which the LoRAs of broad shapes take over; the paper has 0.6.
+        intervals: c1,c2: steps from one whole forward of the dominant LoRA to the next, c1 early and late, c2 in between; the
+            paper has 2,3. 1,1 makes one at every step.
+        breaks: a,b: the shares of the schedule between which c2 counts; the paper has 0.375,0.875.
+        dominance: q_0, how many times more than the others the dominant LoRA weighs at first. By default the paper's n - 1/2
+            for n LoRAs; 1 gives all the same weight.
+        decay: how fast dominance falls: it multiplies 2^-m at the m-th turn; the paper has 1, and 0 lets it stay.
+        max_age: steps after which what was kept of a LoRA that does not dominate is renewed; 0: never, as in the paper.
+        cache: whether deep features are kept; without them every forward is a whole one.
+        cut: up blocks that a shallow forward computes. By default as few as have attention.
+        high: names of the LoRAs of fine detail. By default their measured profiles decide.
+        chunk: LoRAs that share a forward; 1 needs least memory. By default as many as fit the base's batch.
+        seed: seed of the order "random".
     """
 
     order: Order = "paper"
     phase: Share = 0.6
-    intervals: tuple[Positive, Positive] = (2, 3)
+    intervals: tuple[Count, Count] = (2, 3)
     breaks: tuple[Share, Share] = (0.375, 0.875)
     dominance: Annotated[Finite, Field(ge=1)] | None = None
-    decay: Annotated[Finite, Field(ge=0)] = 1.0
+    decay: Strength = 1.0
     max_age: Annotated[int, Field(ge=0)] = 0
     cache: bool = True
-    cut: Positive | None = None
+    cut: Count | None = None
     high: tuple[str, ...] | None = None
-    chunk: Positive | None = None
+    chunk: Count | None = None
     seed: int = 0
 
     _high = field_validator("high", mode="before")(names)
-
-    @field_validator("intervals", "breaks", mode="before")
-    @classmethod
-    def _pairs(cls, value: object) -> object:
-        """Also as text: ``2,3``."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    _pairs = field_validator("intervals", "breaks", mode="before")(numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +138,7 @@ class CMLoRA(Separate):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         super().check(adapters)
-        self.known(self.options.high or (), "high", adapters)
+        known(self.options.high or (), "high", adapters)
 
     def prepare(self, run: Run) -> None:
         super().prepare(run)

@@ -13,22 +13,27 @@ What is different here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from compose.figures import Figure, Schedule
+from compose.options import Count
 from compose.run import Options, Run, Step
 from compose.separate import Separate, SeparateOptions, at_once, chunks
 from studio.requests import Finite
 
 
 class CompositeOptions(SeparateOptions):
-    """``chunk``: LoRAs per forward; None: as many as fit the family's batch. ``gain`` multiplies the concepts' weights."""
+    """Options of :class:`Composite`.
 
-    chunk: Annotated[int, Field(ge=1)] | None = None
+    Args:
+        chunk: LoRAs that share a forward; 1 needs least memory. By default as many as fit the base's batch.
+        gain: multiplies the weights of LoRAs, because a mean is weaker than a sum; the paper has 1.
+    """
+
+    chunk: Count | None = None
     gain: Finite = 1.0
 
 

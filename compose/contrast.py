@@ -19,15 +19,6 @@ TAU = 0.5
 _EPS = 1e-8
 
 
-def min_max(maps: Tensor) -> Tensor:
-    """``[..., D]`` brought to 0..1. Without their common offset, maps of different words are no longer nearly parallel.
-
-    A map that is constant becomes zero.
-    """
-    low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
-    return (maps - low) / (high - low + _EPS)
-
-
 def nt_xent(maps: Tensor, classes: Sequence[int], tau: float = TAU) -> Tensor:
     """The loss of each row ``[n]`` for maps ``[n, M, D]`` with one class each.
 
@@ -48,13 +39,3 @@ def nt_xent(maps: Tensor, classes: Sequence[int], tau: float = TAU) -> Tensor:
     loss = torch.logaddexp(alike, others) - alike
     pairs = same & ~torch.eye(len(label), dtype=torch.bool, device=maps.device)
     return loss[..., pairs].mean(-1)
-
-
-def likeness(maps: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean cosine within classes and across them, ``[n]`` each: what the loss raises and lowers."""
-    unit = F.normalize(maps, dim=-1, eps=_EPS)
-    alike = unit @ unit.transpose(-1, -2)
-    label = torch.tensor(list(classes), device=maps.device)
-    same = label[:, None] == label[None, :]
-    pairs = same & ~torch.eye(len(label), dtype=torch.bool, device=maps.device)
-    return alike[..., pairs].mean(-1), alike[..., ~same].mean(-1)

@@ -170,7 +170,7 @@ def denoise(
 
     Args:
         negative, positive: conditioning with one row per row of the result.
-        size: (width, height) in pixels, multiples of ``base.size_step``.
+        size: (width, height) in pixels, multiples of ``base.latent_factor``.
         guidance: at least 1, or one such number per state; where all are 1 no unconditional pass is made.
         scheduler: a name of :mod:`compose.schedulers`.
         bank: attached LoRAs, if any.

@@ -108,8 +108,7 @@ def with_triggers(prompt: str, adapters: Sequence[Adapter], *, strict: bool = Fa
             raise RequestError(
                 f"the prompt lacks the trigger '{trigger}' of LoRA '{adapter.name}': write it where the LoRA shall act"
             )
-        class_word = adapter.lora.metadata.get("studio.class_word", "")
-        added = trigger if says(trigger, class_word) else f"{trigger} {class_word}".strip()
+        added = adapter.lora.called
         prompt = f"{prompt.rstrip().removesuffix(',')}, {escape(added)}" if prompt.strip() else escape(added)
         notes.append(f"the prompt lacked the trigger '{trigger}' of LoRA '{adapter.name}': '{added}' was added at its end")
     return prompt, notes

@@ -37,7 +37,7 @@ class Recipe:
 
     Args:
         how: a key of :data:`HOWS`.
-        rank: of the result per layer; None: all ranks together (for ``lego``: the largest).
+        rank: of the result per layer; None: all ranks together, and the largest for ``svd`` and ``lego``.
         density: share of entries kept, in (0, 1]; None: :data:`DENSITY`.
         seed: of what is random; each layer draws its own numbers.
     """

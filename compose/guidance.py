@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from compose.attention import Attention, Map, Maps
+from compose.attention import Attention, Maps
 from compose.plan import AttentionPlan, Role, Tap, Where
 from compose.routes import Grid
 from compose.run import Run, Step
@@ -161,11 +161,6 @@ def latents_gradient(
         return value, finite(run, pulled_back(run, leaf, maps, cotangents))
 
 
-def mean_map(maps: Sequence[Map]) -> Tensor:
-    """The mean over layers, ``[rows, S, h, w]``; all must have the same cells, as a family's map layers do."""
-    return torch.stack([each.pictures() for each in maps]).mean(0)
-
-
 def scaled(run: Run, step: Step, gradient: Tensor, unit: Unit) -> Tensor:
     """A gradient ``[n, c, h, w]`` in the unit of a step size.
 
@@ -191,12 +186,30 @@ def noise_level(run: Run, step: Step) -> float:
 
 def begins_step(scheduler: object) -> bool:
     """Whether the latents are a state now, not the point in between where a sampler of second order looks twice."""
+    orders, index = getattr(scheduler, "order_list", None), getattr(scheduler, "step_index", None)
+    if orders is not None and index is not None:
+        return bool(orders[index] == 1)
     return bool(getattr(scheduler, "state_in_first_order", True))
 
 
-def reaches(step: Step, share: float) -> bool:
-    """Whether ``step`` is the first one at or after ``share`` of the schedule."""
-    return step.skipped + step.index == ceil(share * (step.skipped + step.count) - 1e-6)
+def visits(scheduler: Any) -> int:
+    """How many timesteps lie at most between two beginnings of a step."""
+    return int(scheduler.config.solver_order if hasattr(scheduler, "order_list") else scheduler.order)
+
+
+def reaches(step: Step, share: float, visits: int = 1) -> bool:
+    """Whether ``step`` is the first one at or after ``share`` of the schedule, among those where a step begins.
+
+    Args:
+        visits: see :func:`visits`.
+    """
+    first = ceil(share * (step.skipped + step.count) - 1e-6)
+    return first <= step.skipped + step.index < first + visits
+
+
+def phi(position: int, total: int, size: float, end: float = 0.5) -> float:
+    """The length of an update, ``size * sqrt(linspace(1, end, total)[position])``: Attend-and-Excite's, and LoRA-Composer's."""
+    return size * (1 - (1 - end) * position / max(total - 1, 1)) ** 0.5
 
 
 def as_leaf(latents: Tensor) -> Tensor:

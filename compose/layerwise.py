@@ -34,11 +34,6 @@ def slice_of(states: Tensor, index: int, width: int) -> Tensor:
     return states if states.shape[-1] == width else states[..., index * width : (index + 1) * width]
 
 
-def widened(states: Tensor, layers: int) -> Tensor:
-    """Plain ``states [n, L, d]`` for ``layers`` layers that all read the same: ``[n, L, layers * d]``."""
-    return states.repeat(1, 1, layers)
-
-
 @contextmanager
 def reading_layers(unet: Any) -> Iterator[None]:
     """Meanwhile every cross-attention layer of ``unet`` reads its own slice of layer-wise states; plain text goes through."""

@@ -11,30 +11,11 @@ All functions are batched over rows and work in the precision of the maps. Nothi
 
 from __future__ import annotations
 
-from functools import cache
-from math import exp
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 SHARE = 0.2
 """Share of a region's cells whose largest values count."""
-SIGMA = 0.5
-
-
-@cache
-def smoothing_kernel(sigma: float = SIGMA) -> Tensor:
-    """``[3, 3]``, summing to 1. ``exp(-(x / 2 sigma)^2)`` as Attend-and-Excite has it, which is wider than a Gaussian."""
-    line = torch.tensor([exp(-((x / (2 * sigma)) ** 2)) for x in (-1, 0, 1)])
-    line = line / line.sum()
-    return line[:, None] * line[None, :]
-
-
-def smoothed(maps: Tensor, sigma: float = SIGMA) -> Tensor:
-    """``maps [n, h, w]`` with the edges mirrored; sides of at least 2."""
-    kernel = smoothing_kernel(sigma).to(maps)
-    return F.conv2d(F.pad(maps[:, None], (1, 1, 1, 1), mode="reflect"), kernel[None, None])[:, 0]
 
 
 def middle_weight(region: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
     injection   out[p] = mean_{n: p in R_n} (W_O + dW_O^n) softmax(Q (W_K + dW_K^n) e_n / sqrt d) (W_V + dW_V^n) e_n
     isolation   a query of a region attends to its own region and to what lies in none
-    guidance    z <- z - phi_i grad_z L,   phi_i = 20 sqrt(1 - i / 2 (T - 1))
+    guidance    z <- z - phi_i grad_z L,   phi_i = 20 sqrt(1 - i / (2 T - 2))
                 L = sum_n { sum_c [ 8 L_ce + 2 L_fill ] + 10 L_reg }             see :mod:`compose.layout_losses`
     start       noise that attends to a subject is moved into its box             see :mod:`compose.reinit`
 
 ``e_n`` is the region's own prompt. Guidance reads one conditional pass that stops at the last map; it ends for good when the
-loss has risen, from the share ``least`` of the schedule on, or at the share ``most``.
+loss has risen, from the share ``least`` of the schedule on, or at the share ``until``.
 
 What is different here:
 * Ordinary LoRAs also change queries, self-attention and feed-forward layers, which the paper drops: ``masked_all`` lets all of
@@ -23,51 +23,50 @@ What is different here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from compose.attention import Maps
 from compose.figures import Boxes, Curves, Figure
 from compose.figures import Maps as Pictures
-from compose.guidance import latents_gradient, maps_of, updated
-from compose.layout_losses import enhancement, filling, leaking, smoothed
+from compose.guidance import begins_step, latents_gradient, maps_of, phi, updated
+from compose.layout_losses import enhancement, filling, leaking
+from compose.maps import mean_map, mean_values, smoothed
+from compose.options import Share, Strength, numbers
 from compose.plan import AttentionPlan, Isolation, Regional, RegionText, Role, Tap, Where, columns
 from compose.regions import Said, laid_out, map_scale
 from compose.reinit import Window, moved
 from compose.routes import constant
 from compose.run import Method, Options, Run, Step
-from studio.requests import Finite
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[Finite, Field(ge=0)]
 SELF = "self"
-STEP_SIZE, EMBEDDED_STEP_SIZE = 20.0, 5.0
+STEP, EMBEDDED_STEP = 20.0, 5.0
 
 
 class LoraComposerOptions(Options):
     """Options of :class:`LoraComposer`; the defaults are the paper's unless told otherwise.
 
     Args:
-        injection: "cross_kv_out": a region's LoRAs act on keys, values and output of its text alone, as in the paper;
-            "masked_all", the default here: on every layer, on the region's cells.
+        injection: where the LoRAs of a region act. "cross_kv_out": on keys, values and output of its text alone, as in the
+            paper; "masked_all", the default here: on every layer, on the region's cells.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
             "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt.
-        replace: how much of the prompt's own attention the region's replaces; the paper's 1 leaves nothing of it.
-        window: shares of the schedule between which the region's text acts; the paper's is all of it.
-        isolation: whether regions are hidden from each other.
-        enhance: weight of the loss that asks a subject's words to be loud in its region; 0 for all three means no guidance.
-        fill: weight of the loss that asks a subject to reach the sides of its region.
-        leak: weight of the loss that asks a region not to look outside; 10 as in the paper's code, 6.4 in its text.
-        step_size: how far the first update moves the latents, times the gradient. None: the paper's 20; 5 on the embedded
-            base, where 20 breaks subjects.
-        step_end: share of the square of that which is left at the last step.
-        least: share of the schedule before which guidance never stops.
-        most: share of the schedule at which it stops.
-        reinit: whether the noise is moved to begin with.
+        replace: how much of the prompt's own attention the region's text replaces; the paper's 1 leaves nothing of it.
+        window: shares of the schedule from and to which the region's text acts; the paper has 0,1, all of it.
+        isolation: whether regions are hidden from each other in self-attention, as in the paper.
+        enhance: weight of the loss that asks a subject's words to be loud in its region; the paper's code has 8. With 0 for
+            this and the next two there is no guidance.
+        fill: weight of the loss that asks a subject to reach the sides of its region; the paper's code has 2.
+        leak: weight of the loss that asks a region not to look outside; the paper's code has 10, its text says 6.4.
+        step: how far the first update moves the latents against the gradient. By default the paper's 20, and 5 on the embedded
+            base, where 20 breaks subjects. 0 turns guidance off.
+        step_end: the last update would be the root of this times as long as the first; the paper has 0.5.
+        least: share of the schedule from which guidance ends for good as soon as the loss rises; the paper's code has 0.1.
+        until: share of the schedule at which guidance ends in any case; the paper's code has 0.5.
+        reinit: whether noise that attends to a subject is moved into its region to begin with, as in the paper.
     """
 
     injection: Literal["cross_kv_out", "masked_all"] = "masked_all"
@@ -75,20 +74,16 @@ class LoraComposerOptions(Options):
     replace: Share = 1.0
     window: tuple[Share, Share] = (0.0, 1.0)
     isolation: bool = True
-    enhance: Weight = 8.0
-    fill: Weight = 2.0
-    leak: Weight = 10.0
-    step_size: Weight | None = None
+    enhance: Strength = 8.0
+    fill: Strength = 2.0
+    leak: Strength = 10.0
+    step: Strength | None = None
     step_end: Share = 0.5
     least: Share = 0.1
-    most: Share = 0.5
+    until: Share = 0.5
     reinit: bool = True
 
-    @field_validator("window", mode="before")
-    @classmethod
-    def _pair(cls, value: object) -> object:
-        """Also as text: ``0,0.8``."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    _pair = field_validator("window", mode="before")(numbers)
 
     @field_validator("window")
     @classmethod
@@ -99,12 +94,7 @@ class LoraComposerOptions(Options):
 
     @property
     def guides(self) -> bool:
-        return self.step_size != 0 and any(weight > 0 for weight in (self.enhance, self.fill, self.leak))
-
-
-def phi(position: int, total: int, size: float = STEP_SIZE, end: float = 0.5) -> float:
-    """``size * sqrt(linspace(1, end, total)[position])``."""
-    return size * sqrt(1 - (1 - end) * position / max(total - 1, 1))
+        return self.step != 0 and any(weight > 0 for weight in (self.enhance, self.fill, self.leak))
 
 
 class LoraComposer(Method):
@@ -121,8 +111,8 @@ class LoraComposer(Method):
 
     def prepare(self, run: Run) -> None:
         options = self.options
-        usual = EMBEDDED_STEP_SIZE if run.base.family.name == "embedded" else STEP_SIZE
-        self.step_size = usual if options.step_size is None else options.step_size
+        usual = EMBEDDED_STEP if run.base.family.name == "embedded" else STEP
+        self.first = usual if options.step is None else options.step
         self.layout = laid_out(run, options.prompt)
         height, width = run.latents.shape[-2:]
         placed = options.injection == "masked_all"
@@ -167,16 +157,16 @@ class LoraComposer(Method):
         run.attend(self.plan(self._sampling, step))
         total = step.skipped + step.count
         position = step.skipped + step.index
-        if position > self.options.most * total:
+        if position > self.options.until * total:
             self.guided[:] = False
         rows = self.guided.nonzero().flatten().tolist()
-        if not rows:
+        if not rows or not begins_step(run.scheduler):
             return
         plan = self.plan(self._looking, step, self.taps(run, selves=self.options.leak > 0))
         before = run.latents[rows]
         loss, gradient = latents_gradient(run, step, before, plan, self.loss, encoded=run.positive.rows(rows))
         latents = run.latents.clone()
-        latents[rows] = updated(before, gradient, phi(position, total, self.step_size, self.options.step_end))
+        latents[rows] = updated(before, gradient, phi(position, total, self.first, self.options.step_end))
         run.latents = latents
         self._latch(run, step, rows, loss.cpu())
 
@@ -191,7 +181,7 @@ class LoraComposer(Method):
         self.losses.append(every)
         if run.explaining and rows[0] == 0:
             self.seen.append((step.index, self._shown))
-        if position >= self.options.most * total:
+        if position >= self.options.until * total:
             self.guided[:] = False
         elif position >= self.options.least * total:
             self.guided[rows] = ~risen
@@ -199,12 +189,12 @@ class LoraComposer(Method):
     def loss(self, maps: Maps) -> Tensor:
         """``L`` of every row ``[n]``."""
         options = self.options
-        selves = mean_map(maps, SELF) if SELF in maps else None
+        selves = mean_values(maps[SELF]) if SELF in maps else None
         parts: list[Tensor] = []
         self._shown: list[Tensor] = []
         for index in range(len(self.layout.spots)):
-            shape = maps[_words(index)][0].cells
-            words = mean_map(maps, _words(index)).transpose(1, 2).unflatten(2, shape)
+            words = mean_map(maps[_words(index)])
+            shape = words.shape[-2:]
             region = self.layout.regions.at(*shape)[index].to(words.device)
             self._shown.append(words[0].sum(0).detach().cpu())
             for word in range(words.shape[1]):
@@ -221,7 +211,7 @@ class LoraComposer(Method):
         plan = self.plan(self._looking, step, self.taps(run, selves=False))
         maps = maps_of(run, step, run.latents, plan, encoded=run.positive)
         shape = maps[_words(0)][0].cells
-        every = [mean_map(maps, _words(index)).sum(2).unflatten(1, shape).cpu() for index in range(len(self.layout.spots))]
+        every = [mean_map(maps[_words(index)]).sum(1).cpu() for index in range(len(self.layout.spots))]
         cells = [region.view(shape) for region in self.layout.regions.at(*shape)]
         fresh = []
         for row, noise in enumerate(run.noise):
@@ -243,11 +233,6 @@ class LoraComposer(Method):
             text = "What guidance lowers, until it rises or half of the schedule is over."
             found.append(Curves(title="Loss", text=text, lines={"loss": losses}))
         return found
-
-
-def mean_map(maps: Maps, name: str) -> Tensor:
-    """The mean over layers of what one tap has read, ``[n, N, S]``."""
-    return torch.stack([each.values for each in maps[name]]).mean(0)
 
 
 def _words(index: int) -> str:

@@ -27,29 +27,29 @@ from compose.attention import Maps
 from compose.bank import Adapter
 from compose.figures import Boxes, Figure
 from compose.figures import Maps as Pictures
-from compose.layout_losses import smoothed
+from compose.maps import mean_map, mean_values, smoothed
+from compose.options import Share, names
 from compose.plan import AttentionPlan, Isolation, Regional, Regions, RegionText, Role, Tap, Where, columns
-from compose.regions import Layout, Others, Said, Spot, bounds, laid_out, said_by_default, say_everywhere, spot
+from compose.regions import Layout, Others, Said, Spot, bounds, laid_out, said_by_default, say_everywhere, speaking, spot
 from compose.routes import constant
 from compose.run import Method, Options, Run, Step, joined
-from compose.separate import Separate, names
+from compose.separate import known
 from compose.text import Wording
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MaskedOptions(Options):
     """Options of :class:`Masked`.
 
     Args:
-        isolation: whether regions are hidden from each other in self-attention. FreeFuse does not.
-        prompt: what a region without a prompt says. "local": its subject and what the prompt says of the whole picture;
-            "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt. None: "placed" where
-            regions are drawn, "whole" where they are found, whose masks may be too rough to tell places.
-        always: LoRAs that act everywhere though no region is drawn; those of the kind "style" do anyway.
-        find: share of the schedule that is run to find masks; FreeFuse takes a third.
-        seeds: share of the cells that are a LoRA's seeds; FreeFuse takes a tenth.
-        threshold: a cell is of a LoRA if it is at least this much like its seeds as its best cell is; 0: all cells are of one.
+        isolation: whether regions are hidden from each other in self-attention; FreeFuse does not.
+        prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
+            "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt. By default "placed" where
+            regions are drawn, and "whole" where they are found: those may be too rough to tell places.
+        always: LoRAs that act everywhere though no region is drawn; those whose file says that they are styles do so anyway.
+        find: share of the schedule that is run to find masks where no regions are drawn; FreeFuse has a third.
+        seeds: share of the cells that are the seeds of a LoRA's mask; FreeFuse has 0.1.
+        threshold: how much like a LoRA's seeds a cell must be to belong to it, 1 being the cell that is most; 0: every cell
+            belongs to some LoRA, as in FreeFuse.
     """
 
     isolation: bool = False
@@ -78,6 +78,8 @@ class Probe(Method):
     def prepare(self, run: Run) -> None:
         if run.bank is not None:
             run.bank.route = constant([1.0] * len(run.bank.adapters))
+            if run.encode is not None and speaking(run.bank.adapters):
+                run.condition(*run.encode())
         count = len(run.latents)
         rows = tuple(range(count, 2 * count)) if run.guided else tuple(range(count))
         layers = run.base.family.map_layers
@@ -101,8 +103,7 @@ class Probe(Method):
 
     def _keep(self, maps: Maps) -> None:
         self._read += 1
-        words = torch.stack([each.pictures() for each in maps["words"]]).mean(0)
-        selves = torch.stack([each.values for each in maps["self"]]).mean(0)
+        words, selves = mean_map(maps["words"]), mean_values(maps["self"])
         share = 1 / self._read
         self.words = words if self.words is None else torch.lerp(self.words, words, share)
         self.selves = selves if self.selves is None else torch.lerp(self.selves, selves, share)
@@ -146,7 +147,7 @@ class Masked(Method):
     options: MaskedOptions
 
     def check(self, adapters: Sequence[Adapter]) -> None:
-        Separate.known(self.options.always, "always", adapters)
+        known(self.options.always, "always", adapters)
 
     def prepare(self, run: Run) -> None:
         self.layouts: list[Layout] = []
@@ -181,8 +182,7 @@ class Masked(Method):
         if bank is None:
             return []
         everywhere = tuple(
-            1.0 if {*adapter.names} & {*self.options.always} or adapter.lora.metadata.get("studio.kind") == "style" else 0.0
-            for adapter in bank.adapters
+            1.0 if adapter.lora.is_style or {*adapter.names} & {*self.options.always} else 0.0 for adapter in bank.adapters
         )
         bank.route = constant(everywhere)
         concepts = [index for index in bank.active if not everywhere[index]]

@@ -8,16 +8,16 @@ may differ by block and change over the schedule. ``how`` names other ways to ma
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compose.bank import Adapter, Layer
 from compose.figures import Figure, Schedule
-from compose.fuse import Recipe, fused, layer_weights
+from compose.fuse import DENSITY, Recipe, fused, layer_weights
+from compose.options import Count, Share, from_json
 from compose.routes import Site, constant
 from compose.run import Method, Options, Run, Step
 from studio.errors import RequestError
@@ -27,42 +27,41 @@ T = TypeVar("T")
 EVERY = "*"
 SHORT = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 How = Literal["sum", "cat", "svd", "ties", "dare", "dare_ties", "lego"]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MergeOptions(Options):
     """Options of :class:`Merge`.
 
     Args:
-        how: "sum" keeps the LoRAs apart; the others make one LoRA of them first.
-        weight: multiplies all weights; "1/K" divides by the number of LoRAs.
-        blocks: by LoRA name (or "*" for all) the weights of parts of the model: ``{"*": {"up": 0.5, "down_blocks.1": 0}}``.
-            Parts are ``down``, ``mid``, ``up``, ``text_encoder`` or the beginning of a layer's name; the longest one counts.
-        schedule: by LoRA name (or "*") pairs of (share of the schedule, weight), joined by straight lines:
-            ``{"style": [[0, 0], [0.5, 1]]}``.
-        rank: of the one LoRA per layer; None: all ranks together (for "lego" the largest).
-        density: share of entries that "ties" (None: 0.2) and "dare" (None: 0.5) keep.
-        seed: of what is random in them.
+        how: "sum" keeps the LoRAs apart and adds what they do; the others make one LoRA of them first: "cat" the same sum,
+            "svd" at a lower rank, "ties", "dare" and "dare_ties" thinned out, "lego" by clusters.
+        weight: multiplies all weights; "1/K" divides them by the number of LoRAs.
+        blocks: how much LoRAs weigh in parts of the model, by LoRA name or "*" for all: {"*": {"up": 0.5, "down_blocks.1": 0}}.
+            Parts are down, mid, up, text_encoder or the beginning of a layer's name; the longest that fits counts.
+        schedule: how weights change over the steps, by LoRA name or "*" for all: pairs of (share of the schedule, factor),
+            joined by straight lines, such as {"style": [[0, 0], [0.5, 1]]}.
+        rank: rank of the one LoRA that is made in each layer. By default all ranks together; for "svd" and "lego" the largest.
+        density: share of entries that "ties" and "dare" keep. By default 0.2 for ties, as published, and 0.5 where dare drops.
+        seed: seed of what "dare" and "lego" draw at random.
     """
 
     how: How = "sum"
     weight: Finite | Literal["1/K"] = 1.0
     blocks: Mapping[str, Mapping[str, Finite]] = Field(default_factory=dict)
     schedule: Mapping[str, tuple[tuple[Share, Finite], ...]] = Field(default_factory=dict)
-    rank: Annotated[int, Field(ge=1)] | None = None
+    rank: Count | None = None
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int = 0
 
-    @field_validator("blocks", "schedule", mode="before")
-    @classmethod
-    def _from_json(cls, value: object) -> object:
-        """Also as JSON text."""
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"is no JSON ({error})") from None
+    _written = field_validator("blocks", "schedule", mode="before")(from_json)
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.rank is not None and self.how in ("sum", "cat"):
+            raise ValueError(f"'rank' does nothing with how='{self.how}', which keeps every rank: take svd, ties, dare or lego")
+        if self.density is not None and self.how not in DENSITY:
+            raise ValueError(f"'density' does nothing with how='{self.how}', which drops no entries: take {', '.join(DENSITY)}")
+        return self
 
 
 def told(option: Mapping[str, T], adapter: Adapter) -> list[T]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,8 @@ class Solo(Method):
 
 def prompts_for(adapter: Adapter) -> tuple[str, ...]:
     """What to measure a LoRA with: its trigger and class in a few sentences."""
-    words = f"{adapter.lora.trigger} {adapter.lora.metadata.get('studio.class_word', '')}".split()
-    return tuple(template.format(" ".join(words)) for template in TEMPLATES) if words else ("",)
+    called = adapter.lora.called
+    return tuple(template.format(called) for template in TEMPLATES) if called else ("",)
 
 
 def measure(
@@ -196,16 +197,21 @@ def stored(adapter: Adapter, base: Base) -> Profile | None:
     return None
 
 
+def kept(found: Profile, where: Sequence[Path]) -> Path | None:
+    """Write to the first of several places that can be written; None where none can: a read-only home only costs time."""
+    for path in where:
+        with suppress(FileError):
+            found.save(path)
+            return path
+    return None
+
+
 def profiled(base: Base, bank: LoraBank, index: int) -> tuple[Profile, bool]:
-    """The stored profile of LoRA ``index``, or a fresh one, which is kept; and whether it was fresh."""
+    """The stored profile of LoRA ``index``, or a fresh one, which is kept in the cache; and whether it was fresh."""
     adapter = bank.adapters[index]
     known = stored(adapter, base)
     if known is not None:
         return known, False
     fresh = measure(base, bank, index)
-    if adapter.lora.sha256:
-        try:
-            fresh.save(places(adapter, base)[-1])
-        except FileError:
-            return fresh, True  # a read-only home only costs time
+    kept(fresh, places(adapter, base)[-1:] if adapter.lora.sha256 else ())
     return fresh, True

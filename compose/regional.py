@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from compose.figures import Boxes, Figure
 from compose.figures import Maps as Pictures
+from compose.options import Count
 from compose.regions import Said, laid_out
-from compose.routes import per_row
-from compose.run import Method, Options, Run, Step, joined
-from compose.separate import at_once, chunks
-from compose.text import Encoded
+from compose.run import Method, Options, Run, Step
+from compose.separate import at_once, chunks, side_by_side
 
 
 class RegionalOptions(Options):
@@ -33,12 +32,12 @@ class RegionalOptions(Options):
         feather: width of the soft edges, as a share of the picture's shorter side; half of it lies inside the region.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
             "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt.
-        chunk: passes per forward; None: as many as fit the family's batch.
+        chunk: passes that share a forward; 1 needs least memory. By default as many as fit the base's batch.
     """
 
     feather: Annotated[float, Field(ge=0, le=0.5)] = 0.125
     prompt: Said = "placed"
-    chunk: Annotated[int, Field(ge=1)] | None = None
+    chunk: Count | None = None
 
 
 def blend_weights(covered: Tensor, feather: float) -> Tensor:
@@ -73,7 +72,6 @@ class Regional(Method):
         spots = self.layout.spots
         self.acting = [self.layout.everywhere, *(spot.weights for spot in spots)]
         self.told = [(run.negative, run.positive), *((spot.negative, spot.positive) for spot in spots)]
-        self._rows: dict[tuple[int, ...], Encoded] = {}
 
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
         uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
@@ -81,7 +79,7 @@ class Regional(Method):
         shown = [index for index, weight in enumerate(self.weights) if bool((weight > 0).any())]
         for some in self._alike(shown, at_once(run, self.options.chunk)):
             run.check_cancelled()
-            u, v = self._each(run, x, step, some)
+            u, v = side_by_side(run, x, step.timestep, [(self.acting[index], self.told[index]) for index in some])
             weight = self.weights[list(some)][:, None, None]
             cond += (v * weight).sum(0)
             if u is not None:
@@ -94,18 +92,6 @@ class Regional(Method):
         for length in dict.fromkeys(self.told[index][1].states.shape[1] for index in passes):
             found += chunks([index for index in passes if self.told[index][1].states.shape[1] == length], size)
         return found
-
-    def _each(self, run: Run, x: Tensor, step: Step, some: Sequence[int]) -> tuple[Tensor | None, Tensor]:
-        """What each of ``some`` predicts: ``(uncond or None, cond)``, ``[len(some), n, c, h, w]``."""
-        halves = 2 if run.guided else 1
-        key = tuple(some)
-        if key not in self._rows:
-            self._rows[key] = joined(*(part for index in some for part in self.told[index][2 - halves :]))
-        if run.bank is not None:
-            run.bank.route = per_row(torch.tensor([self.acting[k] for k in some for _ in range(len(x) * halves)]))
-        out = run.forward(x.repeat(len(some) * halves, 1, 1, 1), step.timestep, self._rows[key])
-        out = out.unflatten(0, (len(some), halves, len(x)))
-        return (out[:, 0] if run.guided else None), out[:, -1]
 
     def explain(self, run: Run) -> Sequence[Figure]:
         names = ["background", *self.layout.names]

@@ -23,6 +23,7 @@ from compose.routes import Placed, constant, spatial
 from compose.run import Run, joined
 from compose.text import Encoded, Wording, words_of
 from studio.errors import FileError, RequestError, UnknownNameError
+from studio.media import DAMAGED
 from studio.prompts import escape
 from studio.requests import Region
 
@@ -216,7 +217,7 @@ def said_by_default(whole: str, middle: float, own: Sequence[Adapter], others: O
     """
     if how == "whole":
         return whole
-    subjects = [phrase for adapter in own if (phrase := called(adapter))]
+    subjects = [phrase for adapter in own if (phrase := adapter.lora.called)]
     if not subjects:
         return ""
     where = placed_words(middle) if how == "placed" else ""
@@ -234,23 +235,13 @@ def style_words(prompt: str, others: Others) -> list[str]:
     are called that it does not name.
     """
     names = [
-        word for adapter in others.subjects for word in (adapter.lora.trigger, _class_word(adapter)) if word
+        word for adapter in others.subjects for word in (adapter.lora.trigger, adapter.lora.class_word) if word
     ]  # fmt: skip
     clauses = [clause.strip() for clause in re.split(r",(?![^()\[\]]*[)\]])", prompt)]
     kept = [clause for clause in clauses if clause and not any(says(clause, name) for name in names)]
-    missing = [phrase for adapter in others.styles if (phrase := called(adapter))
+    missing = [phrase for adapter in others.styles if (phrase := adapter.lora.called)
                and not any(says(clause, adapter.lora.trigger or phrase) for clause in kept)]  # fmt: skip
     return [*kept, *(escape(phrase) for phrase in missing)]
-
-
-def _class_word(adapter: Adapter) -> str:
-    return adapter.lora.metadata.get("studio.class_word", "")
-
-
-def called(adapter: Adapter) -> str:
-    """How a prompt calls what a LoRA was taught: "trigger class", or what is known of it; "" when nothing is."""
-    trigger, noun = adapter.lora.trigger, _class_word(adapter)
-    return trigger if noun.lower() in trigger.lower().split() else f"{trigger} {noun}".strip()
 
 
 def targets_of(words: Words, prompt: str, own: Sequence[Adapter], *, strict: bool = False) -> tuple[tuple[int, ...], ...]:
@@ -264,7 +255,7 @@ def targets_of(words: Words, prompt: str, own: Sequence[Adapter], *, strict: boo
     found: list[tuple[int, ...]] = []
     for adapter in own:
         after = 0
-        for word in (adapter.lora.trigger, _class_word(adapter)):
+        for word in (adapter.lora.trigger, adapter.lora.class_word):
             every = [one.columns for one in find(words, prompt, word) if one.columns and one.columns[0] >= after]
             if every and not any(set(every[0]) <= set(known) for known in found):
                 found.append(every[0])
@@ -272,7 +263,7 @@ def targets_of(words: Words, prompt: str, own: Sequence[Adapter], *, strict: boo
     if found:
         return tuple(found)
     if strict:
-        told = " or ".join(f"'{phrase}'" for adapter in own if (phrase := called(adapter)))
+        told = " or ".join(f"'{phrase}'" for adapter in own if (phrase := adapter.lora.called))
         raise RequestError(
             f"where LoRA '{own[0].name}' acts is found by its words, and the prompt lacks them: "
             + (f"write {told}" if told else "its file names none, so draw regions")
@@ -324,12 +315,12 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
     Raises:
         FileError: no readable picture. RequestError: nothing in it is white.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path.expanduser()) as picture:
             levels = np.asarray(picture.convert("L").resize(size, Image.Resampling.BOX))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise FileError(f"cannot read the mask {path}: {getattr(error, 'strerror', None) or error}") from error
     mask = torch.from_numpy(levels.copy()) > 127
     if not bool(mask.any()):

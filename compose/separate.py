@@ -1,8 +1,8 @@
-"""What Switch, Composite and CMLoRA share: LoRAs that act one by one, each with its own rows, route and prompt."""
+"""LoRAs that act one by one, each with its own rows, route and prompt: what Switch, Composite, CMLoRA and CLoRA share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -10,22 +10,19 @@ from pydantic import field_validator
 from torch import Tensor
 
 from compose.bank import Adapter
-from compose.routes import Route, per_row
+from compose.options import names
+from compose.regions import speaking
+from compose.routes import Route, constant, per_row
 from compose.run import Method, Options, Run, joined
 from compose.text import Encoded
 from studio.errors import RequestError
-
-
-def names(value: object) -> object:
-    """A list of names, also written ``name,name``."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 class SeparateOptions(Options):
     """Options of every method that lets LoRAs act one by one.
 
     Args:
-        always: LoRAs that act in every pass, such as one that makes few steps possible. They are no concepts of their own.
+        always: LoRAs that act in every pass and take no turns, such as one that makes 4 to 8 steps possible.
     """
 
     always: tuple[str, ...] = ()
@@ -46,31 +43,26 @@ class Separate(Method):
     always: tuple[int, ...] = ()
     concepts: tuple[int, ...] = ()
     prompts: dict[int, tuple[Encoded, Encoded]]
-    _rows: dict[tuple[int, ...], Encoded]
 
     def check(self, adapters: Sequence[Adapter]) -> None:
-        self.known(self.options.always, "always", adapters)
+        known(self.options.always, "always", adapters)
 
-    @staticmethod
-    def known(wanted: Sequence[str], option: str, adapters: Sequence[Adapter]) -> None:
-        """Refuse an option that names a LoRA the request does not have."""
-        have = ", ".join(adapter.name for adapter in adapters) or "it has none"
-        for name in wanted:
-            if not any(name in adapter.names for adapter in adapters):
-                raise RequestError(f"'{option}' names '{name}', which is none of the request's LoRAs ({have})")
+    def is_always(self, adapter: Adapter) -> bool:
+        """Whether a LoRA acts in every pass."""
+        return bool({*adapter.names} & {*self.options.always})
 
     def prepare(self, run: Run) -> None:
-        self.prompts, self._rows = {}, {}
+        self.prompts = {}
         bank = run.bank
         self.check(bank.adapters if bank is not None else ())
         if bank is None:
             self.always = self.concepts = ()
             return
-        self.always = tuple(k for k in bank.active if {*bank.adapters[k].names} & {*self.options.always})
+        self.always = tuple(k for k in bank.active if self.is_always(bank.adapters[k]))
         self.concepts = tuple(k for k in bank.active if k not in self.always)
-        speaking = any(key.startswith("text_encoder") for k in bank.active for key in bank.adapters[k].lora.layers)
+        own_prompts = speaking([bank.adapters[k] for k in bank.active])
         for concept in self.concepts:
-            if speaking and run.encode is not None:
+            if own_prompts and run.encode is not None:
                 with bank.acting(self.only(run, concept)):
                     self.prompts[concept] = run.encode()
             else:
@@ -84,22 +76,45 @@ class Separate(Method):
 
     def only(self, run: Run, concept: int | None) -> Route:
         """The route that lets one concept act, with those that always do."""
-        return torch.tensor(self.weights(run, concept)).view(1, 1, 1, 1, 1, -1)
+        return constant(self.weights(run, concept))
 
     def each(self, run: Run, x: Tensor, timestep: Tensor, concepts: Sequence[int]) -> tuple[Tensor | None, Tensor]:
         """What each of ``concepts`` alone predicts, in one batched forward: ``(uncond or None, cond)``, ``[K, n, c, h, w]``."""
-        if run.bank is None:
-            raise RuntimeError("concepts without a bank")
-        halves = 2 if run.guided else 1
-        key = tuple(concepts)
-        if key not in self._rows:
-            parts = [part for k in concepts for part in (self.prompts[k] if run.guided else self.prompts[k][1:])]
-            self._rows[key] = joined(*parts)
-        rows = len(x) * halves
-        run.bank.route = per_row(torch.tensor([self.weights(run, k) for k in concepts for _ in range(rows)]))
-        out = run.forward(x.repeat(len(concepts) * halves, 1, 1, 1), timestep, self._rows[key])
-        out = out.unflatten(0, (len(concepts), halves, len(x)))
-        return (out[:, 0] if run.guided else None), out[:, -1]
+        return side_by_side(run, x, timestep, [(self.weights(run, k), self.prompts[k]) for k in concepts])
+
+
+def known(wanted: Iterable[str], option: str, adapters: Sequence[Adapter]) -> None:
+    """Refuse an option that names a LoRA the request does not have.
+
+    Raises:
+        RequestError: it does.
+    """
+    have = ", ".join(adapter.name for adapter in adapters) or "it has none"
+    for name in wanted:
+        if not any(name in adapter.names for adapter in adapters):
+            raise RequestError(f"'{option}' names '{name}', which is none of the request's LoRAs ({have})")
+
+
+def side_by_side(
+    run: Run, x: Tensor, timestep: Tensor, passes: Sequence[tuple[Sequence[float], tuple[Encoded, Encoded]]]
+) -> tuple[Tensor | None, Tensor]:
+    """What each of several passes over ``x [n, c, h, w]`` predicts, in one batched forward.
+
+    Args:
+        passes: for each one weight per LoRA, and its ``(negative, positive)`` prompts. The joined prompts are not kept: that
+            would cost memory for every pass, and joining costs next to nothing.
+
+    Returns:
+        ``(uncond or None, cond)``, ``[P, n, c, h, w]`` each.
+    """
+    if run.bank is None:
+        raise RuntimeError("passes of their own without a bank")
+    halves = 2 if run.guided else 1
+    encoded = joined(*(part for _, pair in passes for part in pair[2 - halves :]))
+    run.bank.route = per_row(torch.tensor([weights for weights, _ in passes for _ in range(len(x) * halves)]))
+    out = run.forward(x.repeat(len(passes) * halves, 1, 1, 1), timestep, encoded)
+    out = out.unflatten(0, (len(passes), halves, len(x)))
+    return (out[:, 0] if run.guided else None), out[:, -1]
 
 
 def chunks(concepts: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -13,11 +13,10 @@ What is different here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
-
-from pydantic import Field
+from typing import ClassVar
 
 from compose.figures import Figure, Schedule
+from compose.options import Count
 from compose.run import Options, Run, Step
 from compose.separate import Separate, SeparateOptions
 
@@ -25,9 +24,13 @@ TAU = 5
 
 
 class SwitchOptions(SeparateOptions):
-    """``tau``: steps of one turn; None: the paper's 5, shortened so that each LoRA has at least two turns."""
+    """Options of :class:`Switch`.
 
-    tau: Annotated[int, Field(ge=1)] | None = None
+    Args:
+        tau: steps of one turn. By default the paper's 5, shortened so that each LoRA has at least two turns.
+    """
+
+    tau: Count | None = None
 
 
 def turn_length(steps: int, count: int) -> int:

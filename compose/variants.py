@@ -81,7 +81,7 @@ def subjects_of(
     taken: set[tuple[int, ...]] = set()
     found: list[Subject] = []
     for adapter in adapters:
-        noun = _told(nouns, adapter) or adapter.lora.metadata.get("studio.class_word", "")
+        noun = _told(nouns, adapter) or adapter.lora.class_word
         trigger = _without(_told(triggers, adapter) or adapter.lora.trigger, noun)
         if not noun:
             raise RequestError(

@@ -55,7 +55,7 @@ def words_shown(reader: Reader, request: GenerateRequest, adapters: Sequence[Ada
     found: dict[str, list[int]] = {}
     for adapter in adapters:
         after: set[int] = set()
-        for word in dict.fromkeys((adapter.lora.trigger, adapter.lora.metadata.get("studio.class_word", ""))):
+        for word in dict.fromkeys((adapter.lora.trigger, adapter.lora.class_word)):
             every = find(reader, request.prompt, word)
             near = [one for one in every if one.columns and one.columns[0] - 1 in after]
             columns = {column for one in near or every for column in one.columns}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compose.bank import Adapter, LoraBank
 from pipelines.prepare import check_size, load_adapters, prepare, worded
-from studio.base import load_base, locate, read_json, weights_sha256
+from studio.base import base_sha256, load_base, locate
 from studio.embeddings import load_embeddings
 from studio.errors import FileError
 from studio.hashes import sha256_of
@@ -40,7 +40,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class Written:
     """What a job left behind: its files, and what is worth keeping about how."""
 
     files: list[Path]
@@ -84,7 +84,7 @@ class Job(ABC):
         """Load the model and check what depends on it."""
 
     @abstractmethod
-    def run(self, folder: Path, name: str, reach: Reach) -> Made:
+    def run(self, folder: Path, name: str, reach: Reach) -> Written:
         """Do it; every file appears whole or not at all."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ class GenerateJob(Job):
         files |= {str(path): path.expanduser() for path in self.request.pictures}
         files |= {name: Path(name).expanduser() for name in self.request.embeddings}
         return {
-            self.request.base: _base_sha256(self.model[0]),
+            self.request.base: base_sha256(Path(self.model[0])),
             **dict(zip(files, sha256_of(list(files.values())), strict=True)),
         }
 
@@ -133,7 +133,7 @@ class GenerateJob(Job):
         for ref, file in zip(self.prepared.request.loras, self.prepared.files, strict=True):
             _fits(base, ref.name, file)
 
-    def run(self, folder: Path, name: str, reach: Reach) -> Made:
+    def run(self, folder: Path, name: str, reach: Reach) -> Written:
         from pipelines.image import generate
 
         machine = self.machine
@@ -154,7 +154,7 @@ class GenerateJob(Job):
             memory=machine.memory,
         )
         facts = {"seeds": result.seeds, "seconds": round(result.seconds, 3), "notes": result.notes}
-        return Made(files=result.save(folder / f"{name}.png"), facts=facts)
+        return Written(files=result.save(folder / f"{name}.png"), facts=facts)
 
     def made(self, file: Path) -> bool:
         try:
@@ -202,13 +202,3 @@ def _fits(base: Base, name: str, file: Path) -> None:
     if key not in _FITTING:
         with LoraBank.on(base, [Adapter(name=name, lora=_read(file))]):
             _FITTING.add(key)
-
-
-@lru_cache(maxsize=64)
-def _base_sha256(source: str) -> str:
-    """What a base is known by, without loading it."""
-    path = Path(source)
-    if path.is_file():
-        return sha256_of([path])[0]
-    facts = read_json(path / "studio.json") if (path / "studio.json").is_file() else {}
-    return str(facts.get("sha256") or weights_sha256(path))

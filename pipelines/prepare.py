@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from compose import METHODS, method_named
+from compose import METHODS, method_class, method_named
 from compose.bank import Adapter
 from compose.finder import with_triggers
 from compose.regions import read_mask
@@ -103,11 +103,6 @@ def check_method(request: GenerateRequest, method: Method) -> None:
             )
 
 
-def method_class(name: str) -> type[Method]:
-    """The class of a method of :data:`compose.METHODS`."""
-    return type(method_named(name))
-
-
 def find_loras(request: GenerateRequest, lora_dirs: Sequence[str | Path], lora_files: Mapping[str, Path]) -> Iterator[Path]:
     """The file of each LoRA, in order.
 
@@ -189,14 +184,14 @@ def missing_embeddings(request: GenerateRequest, embeddings: Sequence[Embedding]
 
 def check_size(base: Base, size: tuple[int, int]) -> None:
     """Refuse sizes the base cannot make, naming the nearest it can."""
-    step = base.size_step
-    if all(side % step == 0 for side in size):
+    step, least = base.latent_factor, base.size_step
+    if all(side % step == 0 and side >= least for side in size):
         return
-    low, high = (tuple(max((side + up) // step, 1) * step for side in size) for up in (0, step - 1))
+    low, high = (tuple(max((side + up) // step * step, least) for side in size) for up in (0, step - 1))
     near = f"{low[0]}x{low[1]}" + (f" or {high[0]}x{high[1]}" if high != low else "")
     raise RequestError(
-        f"size {size[0]}x{size[1]} does not fit base '{base.name}': width and height must be multiples of {step}; "
-        f"nearest: {near}"
+        f"size {size[0]}x{size[1]} does not fit base '{base.name}': width and height must be multiples of {step} "
+        f"and at least {least}; nearest: {near}"
     )
 
 

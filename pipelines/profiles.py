@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compose.bank import Adapter, LoraBank
-from compose.profile import Profile, measure, places, stored
+from compose.profile import Profile, kept, measure, places, stored
 from studio.base import load_base
-from studio.errors import FileError
 from studio.lora.files import load_lora
 from studio.lora.library import find_lora
 
@@ -50,19 +48,10 @@ def profile(
     adapters = [Adapter(name=str(name), lora=load_lora(file)) for name, file in zip(names, files, strict=True)]
     loaded = load_base(base, device, dtype, memory=memory)
     for adapter in adapters:
-        kept = None if again else stored(adapter, loaded)
-        if kept is not None:
-            yield Profiled(name=adapter.name, profile=kept, measured=False, path=_kept(kept, places(adapter, loaded)))
+        found = None if again else stored(adapter, loaded)
+        if found is not None:
+            yield Profiled(name=adapter.name, profile=found, measured=False, path=kept(found, places(adapter, loaded)))
             continue
         with LoraBank.on(loaded, [adapter]) as bank:
             fresh = measure(loaded, bank, 0)
-        yield Profiled(name=adapter.name, profile=fresh, measured=True, path=_kept(fresh, places(adapter, loaded)))
-
-
-def _kept(found: Profile, where: Sequence[Path]) -> Path | None:
-    """Write to the first place that can be: beside the file, or the cache when its folder is read-only."""
-    for path in where:
-        with suppress(FileError):
-            found.save(path)
-            return path
-    return None
+        yield Profiled(name=adapter.name, profile=fresh, measured=True, path=kept(fresh, places(adapter, loaded)))

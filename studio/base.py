@@ -85,7 +85,10 @@ class Base:
 
     @property
     def size_step(self) -> int:
-        """Picture sides must be multiples of this: the latent factor times the UNet's own downsampling."""
+        """The smallest side of a picture; sides chosen here are multiples of it, so that the UNet halves them without a rest.
+
+        Others need only be multiples of the latent factor: where halving leaves a rest, the UNet rounds up.
+        """
         return self.latent_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
@@ -163,8 +166,8 @@ def locate(name: str) -> Path:
             raise MissingAssetError(f"the embedded base is not in {folder}: reinstall diffusion-customization-studio")
         return folder.resolve()
     path = Path(name).expanduser()
-    known = known_bases()
-    if not path.exists() and name.removesuffix(".safetensors") in known:
+    known = {} if path.exists() else known_bases()
+    if name.removesuffix(".safetensors") in known:
         path = known[name.removesuffix(".safetensors")]
     if path.is_dir():
         return _checked_folder(path)
@@ -253,7 +256,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from ``path``."""
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):
         raise FileError(f"cannot read {path}: it holds no JSON object")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
@@ -28,6 +28,8 @@ CHUNK = "studio"
 A1111_CHUNK = "parameters"
 MAX_TEXT = 2**20
 """Bytes that are read of a text file with an infotext."""
+DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises on files that are no pictures, broken, or too large to open safely."""
 
 
 def images_to_media(images: Sequence[Image.Image]) -> Tensor:
@@ -72,8 +74,11 @@ def open_picture(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path.expanduser()) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            upright = ImageOps.exif_transpose(file)
+            if upright.mode.startswith("I;16"):  # Pillow would cut its gray off at 255 instead of scaling it
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            picture = upright.convert("RGBA")
+    except DAMAGED as error:
         raise FileError(f"cannot read the picture {path}: {getattr(error, 'strerror', None) or error}") from error
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
@@ -125,7 +130,7 @@ def read_carried(path: str | Path) -> Carried:
         with Image.open(file) as image:
             texts: Mapping[str, Any] = image.text if isinstance(image, PngImageFile) else {}
             parameters = str(texts.get(A1111_CHUNK, "")) or _user_comment(image)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+    except DAMAGED as error:
         raise FileError(f"cannot read the picture {path}: {error}") from error
     if CHUNK not in texts:
         if not parameters:
@@ -134,7 +139,7 @@ def read_carried(path: str | Path) -> Carried:
         return Carried(parameters=parameters)
     try:
         found = json.loads(texts[CHUNK])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"the request in {path} is damaged: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("request"), dict):
         raise FileError(f"the request in {path} is damaged: it holds no 'request'")

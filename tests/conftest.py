@@ -67,7 +67,7 @@ def tiny_tokenizer() -> object:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a stock random ``StableDiffusionPipeline``: latent factor 4, sides in multiples of 16, 16 tokens."""
+    """The folder of a stock random ``StableDiffusionPipeline``: latent factor 4, sides from 16 in multiples of 4, 16 tokens."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel

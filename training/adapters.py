@@ -28,6 +28,8 @@ NAME = "concept"
 # Transformer2DModel's own projections count as feed-forward: kohya's default set has them too.
 ATTENTION = r"\.attn\d+\.(to_q|to_k|to_v|to_out\.0)$"
 FEED_FORWARD = r"\.(ff\.net\.0\.proj|ff\.net\.2)$|attentions\.\d+\.proj_(in|out)$"
+SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
+RESNETS = r"resnets\.\d+\.conv"
 TEXT_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
 TEXT_FEED_FORWARD = r"\.mlp\.fc[12]$"
 
@@ -38,9 +40,12 @@ def target_names(model: nn.Module, targets: str | Sequence[str], rates: Mapping[
     Raises:
         RequestError: nothing is selected.
     """
-    patterns = {"attn": (ATTENTION,), "attn+ff": (ATTENTION, FEED_FORWARD), "all": ("",)}.get(
-        targets if isinstance(targets, str) else "", (targets,) if isinstance(targets, str) else tuple(targets)
-    )
+    patterns = {
+        "attn": (ATTENTION,),
+        "attn+ff": (ATTENTION, FEED_FORWARD),
+        "image": (SELF_ATTENTION, FEED_FORWARD, RESNETS),
+        "all": ("",),
+    }.get(targets if isinstance(targets, str) else "", (targets,) if isinstance(targets, str) else tuple(targets))
     chosen = [
         name
         for name, module in model.named_modules()

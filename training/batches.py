@@ -12,9 +12,10 @@ from torch import Tensor
 
 from training.dataset import BatchPlan, Picture, bucket_of, pixels, swap_sides
 from training.losses import stratified_timesteps
-from training.text import TextStates, encode, token_ids
+from training.text import Reader
 
 if TYPE_CHECKING:
+    from compose.text import Encoded
     from studio.base import Base
 
 DATA, PRIOR = 2, 3
@@ -38,39 +39,41 @@ def stream(seed: int, kind: int, index: int) -> torch.Generator:
 
 
 class Captions:
-    """Every caption of a run by number; its token ids, and the frozen encoder's states, computed once when they are kept."""
+    """Every caption of a run by number, and the frozen encoder's states, computed once when they are kept."""
 
     def __init__(self, base: Base, keep: bool) -> None:
-        self.base, self.keep = base, keep
+        self.keep = keep
+        self._reader = Reader(base)
         self._numbers: dict[str, int] = {}
-        self._table: TextStates | None = None
+        self._table: Encoded | None = None
 
     @property
     def texts(self) -> list[str]:
         return list(self._numbers)
 
+    def called(self, rows: Tensor) -> list[str]:
+        """The captions that the numbers ``rows`` stand for."""
+        texts = self.texts
+        return [texts[number] for number in rows.tolist()]
+
     def number(self, text: str) -> int:
+        """The number of ``text``, a new one if it is new."""
         if text not in self._numbers:
             self._numbers[text] = len(self._numbers)
             self._table = None
         return self._numbers[text]
 
-    def ids(self, rows: Tensor) -> list[Tensor]:
-        texts = self.texts
-        return token_ids(self.base, [texts[i] for i in rows.tolist()])
-
     def warm(self) -> None:
         """Encode every caption now."""
         if self.keep and self._table is None:
-            self._table = encode(self.base, self.texts)
+            self._table = self._reader.read_frozen(self.texts)
 
-    def states(self, rows: Tensor) -> TextStates:
+    def states(self, rows: Tensor) -> Encoded:
         """The frozen encoder's states, on the CPU."""
-        texts = self.texts
         self.warm()
         if self._table is None:
-            return encode(self.base, [texts[i] for i in rows.tolist()])
-        return self._table.rows(rows)
+            return self._reader.read_frozen(self.called(rows))
+        return self._table.rows(rows.tolist())
 
 
 class Latents:

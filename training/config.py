@@ -15,10 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from studio.errors import FileError, RequestError, UnknownNameError
 from training.names import FOREIGN_NAMES, SPELLINGS
-from training.names import NEUTRAL as NEUTRAL
 
-SECTIONS = ("attn", "attn+ff", "all")
+SECTIONS = ("attn", "attn+ff", "image", "all")
 """Named sets of layers a LoRA can be attached to; anything else in ``targets`` is a regular expression."""
+NEEDED = {
+    "data": "the folder of pictures",
+    "output": "the .safetensors file to write (--out)",
+    "trigger": "the new word that calls the concept, such as 'zqx'",
+}
+"""The options without a default, for the sentence that asks for them."""
 RANK_LIMIT = 512
 """Above this a LoRA is larger than what it adapts; a rank this high is a typing mistake."""
 Rate = Annotated[float, Field(gt=0, le=10)]
@@ -56,7 +61,8 @@ class ConceptConfig(BaseModel):
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Strength is ``alpha / rank``; None: equal to the rank."""
     targets: str | tuple[str, ...] = "attn+ff"
-    """``attn``, ``attn+ff``, ``all`` (every linear layer and convolution), or regular expressions over UNet module names."""
+    """``attn``, ``attn+ff``, ``image`` (self-attention, feed-forward and convolutions: nothing that reads the text), ``all``
+    (every linear layer and convolution), or regular expressions over UNet module names. Left out: ``image`` for a style."""
     block_rates: dict[str, Factor] = Field(default_factory=dict)
     """Learning-rate factors by regular expression over UNet module names, first match wins; 0 leaves those layers out."""
     train_unet: bool = True
@@ -83,6 +89,7 @@ class ConceptConfig(BaseModel):
     batch: Annotated[int, Field(ge=1, le=1024)] = 8
     accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     learning_rate: Rate = 1e-3
+    """Left out: 1e-3 on the embedded base (a style 2e-3), 1e-4 on larger ones, 1 for Prodigy."""
     schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up."""
@@ -305,7 +312,7 @@ def _sentence(error: ValidationError) -> str:
         str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-", "str", "tuple["))
     )
     if first["type"] == "missing":
-        return f"training option '{key}' is missing"
+        return f"training option '{key}' is missing: give {NEEDED[key]}"
     return f"training option '{key}' is {first['input']!r}: {text[0].lower()}{text[1:]}"
 
 

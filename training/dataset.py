@@ -27,7 +27,6 @@ PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 CAPTIONS = (".txt", ".caption")
 FILE_KEYS = ("file_name", "image_path", "image", "path")
 TEXT_KEYS = ("caption", "text", "prompt")
-PIXEL_LIMIT = 100_000_000
 WIDEST = 2.0
 """Largest aspect ratio of a bucket; beyond it a picture is cropped."""
 
@@ -175,18 +174,13 @@ def _bytes(path: Path) -> bytes:
 
 
 def _decode(path: Path) -> Image.Image:
-    """The picture upright, in RGB, transparency over white."""
+    """The picture as people see it."""
+    from studio.media import open_picture
+
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise FileError(f"the picture '{path}' has {image.width}x{image.height} pixels, more than {PIXEL_LIMIT}")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
-            return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FileError(f"the picture '{path}' is broken ({' '.join(str(error).split())}): replace or remove it") from None
+        return open_picture(path)
+    except FileError as error:
+        raise FileError(f"{' '.join(str(error).split())}: replace or remove it") from None
 
 
 def pixels(picture: Picture, size: tuple[int, int]) -> Tensor:

@@ -150,14 +150,23 @@ def _check_finished(config: ConceptConfig) -> None:
     from studio.lora.files import read_header
     from training.plan import prepare
 
-    told = read_header(config.output).metadata.get("studio.config", "{}")
+    told = _told(read_header(config.output).metadata.get("studio.config", ""))
     plan: Plan = prepare(config)
-    changed = differences(json.loads(told), json.loads(json.dumps(plan.identity())))
+    changed = differences(told, json.loads(json.dumps(plan.identity())))
     if changed:
         raise RequestError(
             f"'{config.output}' is there already and was trained with other values ({'; '.join(changed[:6])}"
             f"{'; ...' if len(changed) > 6 else ''}): move it away, or set restart to true to train it again"
         )
+
+
+def _told(text: str) -> dict[str, Any]:
+    """What a file says of its training; nothing when it is another program's, or damaged."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

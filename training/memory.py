@@ -126,11 +126,8 @@ def _row(base: Base, config: ConceptConfig, names: Sequence[str], size: tuple[in
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (
-                storage.nbytes(),
-                tensor,
-            )  # the tensor is held, or its storage's address could be used again
+        if storage._cdata not in own:  # the tensor is held too, or its storage's address could be used again
+            kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock | ResnetBlock2D)]

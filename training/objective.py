@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compose.text import added_conditions
 from training.adapters import Adapters
 from training.batches import Batch, Captions
 from training.losses import add_noise, min_snr_weights, target, weighted_mse
-from training.text import TextStates, encode_ids
-from training.words import Reader
+from training.text import Reader, moved
 
 if TYPE_CHECKING:
+    from compose.text import Encoded
     from studio.base import Base
     from training.config import ConceptConfig
 
@@ -33,7 +34,7 @@ class Objective(nn.Module):
         self.unet = base.unet
         self.encoders = nn.ModuleList(m for key, m in base.models().items() if key != "unet" and config.train_text != "none")
         self.vectors = nn.ParameterList(adapters.word.vectors.values() if adapters.word else ())
-        self._reader = Reader(base, adapters.word) if adapters.word else None
+        self._reader = Reader(base, [adapters.word.embedding] if adapters.word else ())
         self._base, self._adapters, self._captions, self._config = base, adapters, captions, config
         self._device = device
         self._abar: Tensor = base.scheduler.alphas_cumprod.to(device)
@@ -70,28 +71,22 @@ class Objective(nn.Module):
     def _consistency(self, batch: Batch, prompts: Tensor) -> Tensor:
         _, _, t, noised = self._noised(batch, len(prompts))
         with torch.no_grad(), self._adapters.absent():
-            teacher = self._predict(noised, t, self._captions.states(prompts).to(self._device))
+            teacher = self._predict(noised, t, self._captions.states(prompts))
         return weighted_mse(self._predict(noised, t, self._text(prompts)), teacher, self._weights(t))
 
     def _weights(self, t: Tensor) -> Tensor:
         return min_snr_weights(t, self._abar, self._config.min_snr, self._kind)
 
-    def _text(self, numbers: Tensor) -> TextStates:
+    def _text(self, numbers: Tensor) -> Encoded:
         if self._config.train_text == "none":
-            return self._captions.states(numbers).to(self._device)
-        if self._reader is not None:
-            texts = self._captions.texts
-            found = self._reader.read([texts[number] for number in numbers.tolist()])
-            return TextStates(found.states, found.pooled)
-        return encode_ids(self._base, self._captions.ids(numbers))
+            return self._captions.states(numbers)
+        return self._reader.read(self._captions.called(numbers))
 
-    def _predict(self, noised: Tensor, t: Tensor, text: TextStates) -> Tensor:
+    def _predict(self, noised: Tensor, t: Tensor, text: Encoded) -> Tensor:
         kind = self.unet.dtype
-        added: dict[str, Tensor] | None = None
-        if text.pooled is not None:
-            height, width = (side * self._base.latent_factor for side in noised.shape[-2:])
-            sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=kind, device=noised.device)
-            added = {"text_embeds": text.pooled.to(kind), "time_ids": sizes.expand(len(t), -1)}
+        words = moved(text, self._device, kind)
+        height, width = (side * self._base.latent_factor for side in noised.shape[-2:])
+        added = added_conditions(self._base, words, (width, height))
         unet: Any = self.unet
-        said: Tensor = unet(noised.to(kind), t, text.states.to(kind), added_cond_kwargs=added).sample
-        return said
+        predicted: Tensor = unet(noised.to(kind), t, words.states, added_cond_kwargs=added).sample
+        return predicted

@@ -40,7 +40,8 @@ def rate_share(step: int, steps: int, warmup: int, schedule: str, cycles: int = 
 
 
 def check_optimizer(name: str) -> None:
-    """
+    """Refuse an optimiser that is not here.
+
     Raises:
         MissingDependencyError: the optimiser's package is not installed.
     """

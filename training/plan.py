@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.errors import FileError, RequestError
-from training.config import NEUTRAL, ConceptConfig
-from training.dataset import (
-    Picture,
-    bucket_of,
-    bucket_sizes,
-    digest,
-    read_folder,
-    with_trigger,
-    without_trigger,
-)
+from training.config import ConceptConfig
+from training.dataset import Picture, bucket_of, bucket_sizes, digest, read_folder, with_trigger, without_trigger
+from training.names import NEUTRAL
 from training.optim import check_optimizer
 
 if TYPE_CHECKING:
@@ -92,9 +85,10 @@ def check_before_loading(config: ConceptConfig) -> tuple[list[Picture], list[Pic
 
 
 def check_output(path: Path) -> None:
-    """
+    """Refuse an output that could not be written at the end.
+
     Raises:
-        FileError: the file could not be written there.
+        FileError: it is a folder, or its folder is not writable.
     """
     if path.is_dir():
         raise FileError(f"output '{path}' is a folder: give the name of a .safetensors file")
@@ -106,6 +100,21 @@ def check_output(path: Path) -> None:
             pass
     except OSError as error:
         raise FileError(f"output '{path}' cannot be written ({error.strerror} in '{folder}'): choose another place") from None
+
+
+def settled(config: ConceptConfig, base: Base) -> ConceptConfig:
+    """``config`` with the values it leaves to the base and the kind.
+
+    A style is learnt without cross-attention: a LoRA there ties the look to the words of the eight subjects it was shown on,
+    and draws any other subject as before.
+    """
+    style, small = config.kind == "style", base.family.name == "embedded"
+    chosen: dict[str, Any] = {"learning_rate": (2e-3 if style else 1e-3) if small else 1e-4}
+    if config.optimizer == "prodigy":
+        chosen["learning_rate"] = 1.0
+    if style:
+        chosen["targets"] = "image"
+    return config.model_copy(update={key: value for key, value in chosen.items() if key not in config.model_fields_set})
 
 
 def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None, processes: int = 1) -> Plan:
@@ -122,6 +131,7 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     pictures, prior = check_before_loading(config)
     if base is None:
         base = _load(config, device)
+    config = settled(config, base)
     from training.adapters import chosen_layers
     from training.text import cut_captions, known_words
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,13 +66,8 @@ def save(folder: Path, state: Checkpoint) -> Path:
             shutil.rmtree(final)
         fresh.rename(final)
         _flush(folder)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as their own kinds of RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(fresh, ignore_errors=True)
-        raise FileError(f"cannot write the checkpoint '{final}': {_reason(error)}") from None
-    except Exception as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if type(error).__name__ != "SafetensorError":
-            raise
         raise FileError(f"cannot write the checkpoint '{final}': {_reason(error)}") from None
     for old in _checkpoints(folder):
         if old != final:

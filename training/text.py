@@ -1,65 +1,66 @@
-"""Prompts as the UNet sees them, for Stable Diffusion 1.x shaped bases (the embedded one too) and SDXL."""
+"""Captions as the UNet sees them: read as generation reads a prompt, but word for word (no weights) and cut to one chunk."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+from compose.text import Encoded, Reading, encode_chunks, encode_layers, layers_of, words_of
+from compose.tokens import Chunk, literal
 
 if TYPE_CHECKING:
     from studio.base import Base
+    from studio.embeddings import Embedding
+
+PIECE = 32
+"""Captions in one forward of a frozen text encoder."""
 
 
-@dataclass(frozen=True, eq=False)
-class TextStates:
-    """``states [B, L, D]`` for cross-attention; ``pooled [B, P]`` for SDXL."""
+class Reader:
+    """Reads captions; gradients reach a LoRA on the text encoder, and the vectors of learnt words.
 
-    states: Tensor
-    pooled: Tensor | None = None
+    Args:
+        learnt: words with vectors of their own.
+    """
 
-    def rows(self, index: Tensor) -> TextStates:
-        return TextStates(self.states[index], None if self.pooled is None else self.pooled[index])
+    def __init__(self, base: Base, learnt: Sequence[Embedding] = ()) -> None:
+        reading = Reading(embeddings=tuple(learnt))
+        self.base = base
+        self._words, self._layers = words_of(base, reading), layers_of(reading)
+        self._chunks: dict[str, dict[str, Chunk]] = {}
 
-    def to(self, device: torch.device) -> TextStates:
-        return TextStates(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+    def read(self, texts: Sequence[str]) -> Encoded:
+        """The states of ``texts``, side by side for every layer when a word is layer-wise; equal texts are read once."""
+        single = list(dict.fromkeys(texts))
+        rows = {name: [self._chunk(name, text) for text in single] for name in self._words}
+        found = encode_layers(self.base, rows, 1, self._layers) if self._layers else encode_chunks(self.base, rows, 1)
+        return found.rows([single.index(text) for text in texts])
 
-    @staticmethod
-    def cat(parts: Sequence[TextStates]) -> TextStates:
+    @torch.no_grad()
+    def read_frozen(self, texts: Sequence[str]) -> Encoded:
+        """As :meth:`read`, without gradients, a few texts at a time, and brought to the CPU."""
+        parts = [moved(self.read(texts[start : start + PIECE]), "cpu") for start in range(0, len(texts), PIECE)]
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return TextStates(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+        return Encoded(
+            states=torch.cat([part.states for part in parts]),
+            ids=torch.cat([part.ids for part in parts]),
+            pooled=torch.cat(pooled) if pooled else None,
+        )
+
+    def _chunk(self, name: str, text: str) -> Chunk:
+        known = self._chunks.setdefault(name, {})
+        if text not in known:
+            known[text] = literal(self._words[name], text)
+        return known[text]
 
 
-def token_ids(base: Base, prompts: Sequence[str]) -> list[Tensor]:
-    """Per tokenizer ``[B, L]`` int64, padded and cut to its context."""
-    tokenizers = [base.tokenizer] + ([base.tokenizer_2] if base.tokenizer_2 is not None else [])
-    return [
-        tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids
-        for tokenizer in tokenizers
-    ]
-
-
-def encode_ids(base: Base, ids: Sequence[Tensor]) -> TextStates:
-    """Text states of token ids as the stock pipelines make them: SD 1.x takes the last layer, SDXL the last but one of both
-    encoders side by side and the second's projected end-of-text state."""
-    first = ids[0].to(base.text_encoder.device)
-    if base.text_encoder_2 is None:
-        return TextStates(base.text_encoder(first)[0])
-    one: Any = base.text_encoder(first, output_hidden_states=True)
-    two: Any = base.text_encoder_2(ids[1].to(base.text_encoder_2.device), output_hidden_states=True)
-    return TextStates(torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), two[0])
-
-
-def encode(base: Base, prompts: Sequence[str], chunk: int = 32) -> TextStates:
-    """Text states of ``prompts`` on the CPU, without gradients."""
-    pieces = [prompts[start : start + chunk] for start in range(0, len(prompts), chunk)]
-    with torch.no_grad():
-        return TextStates.cat([encode_ids(base, token_ids(base, piece)).to(torch.device("cpu")) for piece in pieces])
+def moved(text: Encoded, device: torch.device | str, dtype: torch.dtype | None = None) -> Encoded:
+    """``text`` on ``device``, in ``dtype`` if one is given."""
+    pooled = None if text.pooled is None else text.pooled.to(device, dtype)
+    return Encoded(states=text.states.to(device, dtype), ids=text.ids, pooled=pooled)
 
 
 def known_words(base: Base, text: str) -> bool:
@@ -72,5 +73,4 @@ def known_words(base: Base, text: str) -> bool:
 
 def cut_captions(base: Base, captions: Iterable[str]) -> list[str]:
     """The captions that are longer than the text encoder reads."""
-    tokenizer = base.tokenizer
-    return [caption for caption in captions if len(tokenizer(caption).input_ids) > tokenizer.model_max_length]
+    return [caption for caption in captions if len(base.tokenizer(caption).input_ids) > base.context_length]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from compose.layerwise import cross_layers
-from compose.text import Encoded, Reading, encode_chunks, encode_layers, words_of
-from compose.tokens import Chunk, literal
+from compose.text import Reading, words_of
+from compose.tokens import literal
 from studio.embeddings import Embedding
 from studio.errors import NumericsError, RequestError
 from training.batches import stream
@@ -118,7 +118,8 @@ def full_length(rows: Tensor, limit: float | None) -> bool:
 
 
 def check_words(base: Base, config: ConceptConfig, captions: Sequence[str]) -> None:
-    """
+    """Refuse learnt words that could never be learnt.
+
     Raises:
         RequestError: more vectors than the text encoder reads, or no caption calls the trigger.
     """
@@ -134,26 +135,3 @@ def check_words(base: Base, config: ConceptConfig, captions: Sequence[str]) -> N
 def _reading(word: str) -> Reading:
     empty = torch.zeros(1, 1)
     return Reading(embeddings=(Embedding(word, (word,), dict.fromkeys(ENCODERS, empty), Path(), ""),))
-
-
-class Reader:
-    """Captions with a learnt word, as states for the UNet; gradients reach the vectors."""
-
-    def __init__(self, base: Base, word: LearntWord) -> None:
-        self.base, self.word = base, word
-        self._words = words_of(base, Reading(embeddings=(word.embedding,)))
-        self._chunks: dict[str, dict[str, Chunk]] = {}
-
-    def read(self, texts: Sequence[str]) -> Encoded:
-        """The states of ``texts``, side by side for every layer when the word is layer-wise; equal texts are read once."""
-        single = list(dict.fromkeys(texts))
-        rows = {name: [self._chunk(name, text) for text in single] for name in self._words}
-        layers = self.word.embedding.layers
-        found = encode_layers(self.base, rows, 1, layers) if layers else encode_chunks(self.base, rows, 1)
-        return found.rows([single.index(text) for text in texts])
-
-    def _chunk(self, name: str, text: str) -> Chunk:
-        known = self._chunks.setdefault(name, {})
-        if text not in known:
-            known[text] = literal(self._words[name], text)
-        return known[text]

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs, values read as YAML (``0.5``, ``true``, ``[a, b]``, ``null``).
+    """``OPTION=VALUE`` pairs, values read as YAML (``0.5``, ``true``, ``[a, b]``, ``null``).
 
     Raises:
         RequestError: no equals sign, or a value that is not YAML.
@@ -22,7 +22,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise RequestError(f"--set '{text}' is not KEY=VALUE, for example min_snr=5")
+            raise RequestError(f"--set '{text}' is not OPTION=VALUE, for example rank=8")
         key = key.strip().replace("-", "_")
         if key in values:
             raise RequestError(f"--set {key} is given twice: give it once")

@@ -23,6 +23,7 @@ from ui.options import (
     InitImage,
     LoraDirs,
     Memory,
+    OtherMethod,
     Regions,
     Settings,
     Strength,
@@ -48,7 +49,6 @@ app = typer.Typer(
 )
 app.add_typer(train_cli.app, name="train")
 app.add_typer(lora_cli.app, name="lora")
-app.command(epilog=EPILOG)(render.render)
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="PNG to write; with several pictures, numbered beside it.")]
 
@@ -72,22 +72,28 @@ def options(
 def generate(
     prompt: Annotated[
         str,
-        typer.Argument(help="What to draw, with the LoRAs' trigger words; (word:1.2), BREAK and <lora:name:0.8> act."),
+        typer.Argument(
+            metavar="PROMPT", help="What to draw, with the LoRAs' trigger words; (word:1.2), BREAK and <lora:name:0.8> act."
+        ),
     ],
-    lora: Annotated[list[str] | None, typer.Option("--lora", "-l", metavar="NAME_OR_FILE[:WEIGHT]", help="Repeatable.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", "-l", metavar="NAME_OR_FILE[:WEIGHT]", help="A LoRA; by default its weight is 1. Repeatable."),
+    ] = None,
     compose: Compose = None,
     settings: Settings = None,
     region: Regions = None,
     base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the base's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default the base's own.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first picture; the next has seed + 1. By default random.")
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; by default the base's own.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Sampler: dpmpp_2m, ddim, euler, ..., or its name in A1111 or ComfyUI.")
+        str | None,
+        typer.Option(help="Sampler: dpmpp_2m, ddim, ..., or as A1111 or ComfyUI call it; by default the base's own."),
     ] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     init_image: InitImage = None,
@@ -140,9 +146,12 @@ def generate(
 
 @app.command()
 def rerun(
-    file: Annotated[Path, typer.Argument(help="A PNG this studio wrote; or a picture or .txt with A1111's or Forge's text.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A PNG this studio wrote; or a picture or .txt with A1111's or Forge's text."),
+    ],
     base: Annotated[str | None, typer.Option(help="Instead of the base it names. " + BASE_HELP)] = None,
-    compose: Compose = None,
+    compose: OtherMethod = None,
     settings: Settings = None,
     init_image: InitImage = None,
     vae: Vae = None,
@@ -155,24 +164,27 @@ def rerun(
     json: Json = False,
 ) -> None:
     """Make the picture in FILE again from what it carries; LoRAs that were renamed are found by their hash."""
-    options = given(
-        base=base,
-        method=compose,
-        options=parse_settings(settings) if settings else ({} if compose else None),
-        init_image=init_image,
-        vae=vae,
-        embeddings=tuple(embedding or ()),
-        lora_dirs=lora_dir,
-        device=device,
-        dtype=dtype,
-        memory=memory,
-    )
     with console.speaking(json) as voice:
+        changes = given(
+            base=base,
+            method=compose,
+            options=parse_settings(settings) if settings else ({} if compose else None),
+            init_image=init_image,
+            vae=vae,
+            embeddings=tuple(embedding or ()),
+            lora_dirs=lora_dir,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+        )
         from pipelines import rerun as draw_again
 
         _check_png(out)
-        result = draw_again(file, **options)
+        result = draw_again(file, **changes)
         _deliver(voice, result, out or free_path(OUTPUTS, f"{file.stem.lstrip('0123456789-')} again", ".png"))
+
+
+app.command(epilog=EPILOG)(render.render)
 
 
 def _check_png(out: Path | None) -> None:

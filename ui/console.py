@@ -24,7 +24,7 @@ EXIT_CODES = {
     3: "an unknown name (base, LoRA, scheduler, ...)",
     4: "a file or folder that cannot be read or written",
     5: "a file that is unsafe to open",
-    6: "a LoRA that is damaged, unknown, or made for another base",
+    6: "a LoRA, embedding or checkpoint that is damaged, of an unknown format, or made for another base",
     7: "a model that produced NaN or infinity",
     8: "not enough memory",
     9: "a package that is missing, or another one in its place",

@@ -235,8 +235,10 @@ def shipped() -> Iterator[Finding]:
     absent = ", ".join(name for name in needed if not (folder / "atlas" / name).is_file())
     yield _there("atlas", not absent, str(folder / "atlas"), f"no {absent} in {folder / 'atlas'}")
     base = folder / "base"
-    facts = base / "studio.json"
-    name = json.loads(facts.read_text("utf-8")).get("name", "unnamed") if facts.is_file() else "unnamed"
+    try:
+        name = json.loads((base / "studio.json").read_text("utf-8"))["name"]
+    except (OSError, ValueError, TypeError, KeyError):  # a base without its record is reported, and no reason to stop
+        name = "unnamed"
     yield _there("embedded base", (base / "model_index.json").is_file(), f"{name} in {base}", f"no model in {base}")
     loras = sorted(path.stem for path in (folder / "loras").glob("*.safetensors"))
     yield _there("LoRAs", bool(loras), ", ".join(loras), f"none in {folder / 'loras'}")

@@ -1,6 +1,6 @@
 """Job files: what ``studio render`` is to make, a line of JSON or an entry of a YAML list each.
 
-    {"kind": "generate", "version": 1, "name": "frog", "prompt": "a photo of a frog", "loras": ["pixel:0.8"], "seed": 1}
+    {"kind": "generate", "version": 1, "name": "frog", "prompt": "a photo of a frog", "loras": ["pastel:0.8"], "seed": 1}
 
 ``kind`` says what to make (:data:`pipelines.jobs.KINDS`), ``version`` in which form it is written (1, also when left out),
 ``name`` what the result is called; all else are the fields of that kind's request. Unknown keys are refused, with their line.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -80,7 +80,7 @@ def describe(name: str) -> MethodHelp:
     options = tuple(
         OptionHelp(
             name=key,
-            values=values_of(field.annotation),
+            values=values_of(field.annotation, field.metadata),
             default=field.get_default(call_default_factory=True),
             help=_plain(field.description or told.get(key, "")),
         )
@@ -92,8 +92,7 @@ def describe(name: str) -> MethodHelp:
 def option_texts(options: type[Options]) -> dict[str, str]:
     """What the docstrings of an options class and its bases say of each option.
 
-    An option begins with its name and a colon, several that share a text are divided by commas; inside running text names
-    stand in double backticks. Its text goes on until the next one's.
+    Each stands on a line of its own, ``name: what it does``, and goes on until the next one's.
     """
     found: dict[str, str] = {}
     for cls in reversed(options.__mro__):
@@ -104,15 +103,9 @@ def option_texts(options: type[Options]) -> dict[str, str]:
 
 
 def _texts(text: str, names: Sequence[str]) -> dict[str, str]:
-    one = rf"(?:{'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})"
-    head = re.compile(rf"(?:^|(?<=[\s.;]))(?:({one}(?:, {one})*):|``({one})``:?)(?=\s)")
-    heads = list(head.finditer(text))
+    heads = list(re.finditer(rf"^\s*({'|'.join(map(re.escape, names))}):\s", text, re.MULTILINE))
     ends = [match.start() for match in heads[1:]] + [len(text)]
-    found: dict[str, str] = {}
-    for match, end in zip(heads, ends, strict=True):
-        for name in (match[1] or match[2]).split(", "):
-            found.setdefault(name, text[match.end() : end].strip())
-    return found
+    return {match[1]: text[match.end() : end].strip() for match, end in zip(heads, ends, strict=True)}
 
 
 def _plain(text: str) -> str:
@@ -121,22 +114,42 @@ def _plain(text: str) -> str:
     return text.replace("``", "").strip()
 
 
-def values_of(kind: Any) -> str:
-    """What an option takes, in words."""
+def range_of(limits: Iterable[Any]) -> str:
+    """The bounds among the marks of a type, in words: `` 0..1``, `` over 0``; "" when there are none."""
+    found = {
+        name: value for one in limits for name in ("ge", "gt", "le", "lt") if (value := getattr(one, name, None)) is not None
+    }
+    match found:
+        case {"ge": low, "le": high}:
+            return f" {low}..{high}"
+        case {"ge": low, "lt": high}:
+            return f" from {low}, under {high}"
+        case {"gt": low, "le": high}:
+            return f" over {low}, to {high}"
+        case {"ge": low}:
+            return f" from {low}"
+        case {"gt": low}:
+            return f" over {low}"
+    return ""
+
+
+def values_of(kind: Any, limits: Iterable[Any] = ()) -> str:
+    """What an option takes, in words; ``limits`` are the marks of its type."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind in NUMBERS:
-        return NUMBERS[kind]
+        return NUMBERS[kind] + range_of(limits)
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (Union, UnionType):
         return " | ".join(values_of(part) for part in inner if part is not NoneType)
     if hasattr(kind, "__metadata__"):
-        return values_of(inner[0])
+        marks = [deep for mark in kind.__metadata__ for deep in (mark, *getattr(mark, "metadata", ()))]
+        return values_of(inner[0], [*limits, *marks])
+    if origin is tuple and inner[1:] == (...,):
+        one = "name" if inner[0] is str else values_of(inner[0])
+        return f"{one},..."
     if origin is tuple:
-        several = inner[1:] == (...,)
-        return (
-            "name,name,..." if several and inner[0] is str else ",".join(values_of(part) for part in inner if part is not ...)
-        )
+        return ",".join(values_of(part) for part in inner)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "JSON"
     return getattr(kind, "__name__", str(kind))
@@ -148,7 +161,7 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "-"
-    return "-" if value == {} else str(value)
+    return "-" if value in (None, {}) else str(value)
 
 
 def page(methods: Sequence[MethodHelp]) -> Iterator[Any]:

@@ -31,6 +31,10 @@ Compose = Annotated[
     str | None,
     typer.Option("--compose", metavar="METHOD", help="How several LoRAs act together; listed below. By default merge."),
 ]
+OtherMethod = Annotated[
+    str | None,
+    typer.Option("--compose", metavar="METHOD", help="Another method ('studio methods' lists them); by default the picture's."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method ('studio methods' lists them). Repeatable."),

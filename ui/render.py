@@ -237,7 +237,7 @@ def render(
     """Make everything a job file asks for. Done work is skipped, so the same command goes on after a stop.
 
     A line holds the fields of a request, as 'studio generate ... --json' prints them, and a name for its result if you like:
-    {"kind": "generate", "version": 1, "name": "frog", "prompt": "a frog", "loras": ["pixel:0.8"], "method": "switch"}.
+    {"kind": "generate", "version": 1, "name": "frog", "prompt": "a frog", "loras": ["pastel:0.8"], "method": "switch"}.
     All lines are checked before the first is made.
     """
     with console.speaking(json) as voice:

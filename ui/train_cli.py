@@ -28,7 +28,9 @@ def group() -> None:
 @app.command()
 def concept(
     data: Annotated[Path | None, typer.Argument(metavar="DIR", help="Folder of pictures, captioned by .txt files.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of options; options given here win over it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file of options; options given here win over it.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The .safetensors file to write; with --many the folder of them.")
     ] = None,
@@ -38,32 +40,40 @@ def concept(
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="The new word that calls the concept.")] = None,
     class_word: Annotated[str | None, typer.Option(help="What the thing is, for example 'cat'.")] = None,
-    kind: Annotated[str | None, typer.Option(help="concept or style.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="concept|style", help="What is taught; a style has another caption of its own.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, as for generate.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
-    targets: Annotated[str | None, typer.Option(help="attn, attn+ff, all, or a regular expression of module names.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="attn, attn+ff, image, all, or a regular expression of module names.")
+    ] = None,
     train_text: Annotated[
         str | None, typer.Option(help="none, embedding (learnt words), lora (on the text encoder), or embedding+lora.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, of --batch pictures each.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the LoRA on the UNet.")] = None,
     text_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the text encoder's LoRA.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures in one step.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="fp32|bf16|fp16", help="Of the computation.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Steps between previews; 0: none.")] = None,
     preview_prompt: Annotated[
-        list[str] | None, typer.Option(help="What a preview shows; {trigger} and {class_word} are filled in. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PROMPT", help="What a preview shows; {trigger} and {class_word} are filled in. Repeatable."),
     ] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Log losses and previews for TensorBoard.")] = None,
     restart: Annotated[bool | None, typer.Option("--restart", help="Start over instead of resuming.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other option of the YAML file. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Any other option of the YAML file. Repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Teach what the pictures in DIR show; a few minutes for 6 to 8 pictures. Run again after a stop, it goes on."""
+    """Teach what the pictures in DIR show; a few minutes for 6 to 8 pictures. Run again after a stop, it goes on.
+
+    --dry-run prints every option, with the value it has here.
+    """
     given: dict[str, Any] = {
         "trigger": trigger,
         "class_word": class_word,

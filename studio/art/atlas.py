@@ -67,6 +67,7 @@ class Splits:
 
 
 def atlas_dir() -> Path:
+    """The folder of the committed atlas."""
     return assets() / "atlas"
 
 
@@ -82,6 +83,7 @@ def concepts() -> dict[str, Concept]:
 
 @lru_cache(maxsize=1)
 def splits() -> Splits:
+    """The committed split."""
     raw = json.loads((atlas_dir() / "splits.json").read_text("utf-8"))
     return Splits(
         named_a=tuple(raw["named_a"]),
@@ -92,13 +94,9 @@ def splits() -> Splits:
     )
 
 
-@lru_cache(maxsize=1)
-def class_words() -> tuple[str, ...]:
-    return tuple(dict.fromkeys(concept.class_word for concept in concepts().values()))
-
-
 @lru_cache(maxsize=len(STYLES))
 def _sheet(style: str) -> np.ndarray:
+    """All cells of one art style, ``[H, W, 4]`` uint8."""
     return np.asarray(Image.open(atlas_dir() / f"{known(style, STYLES, 'art style')}.webp").convert("RGBA"))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from studio.art.atlas import known
+
 Colour = tuple[int, int, int]
 
 PLAIN: dict[str, Colour] = {
@@ -46,8 +48,6 @@ HELDOUT = ("stripes", "dots", "sky", "checker", "night", "sand")
 
 def background(name: str, side: int) -> np.ndarray:
     """The picture of background ``name``: ``[side, side, 3]`` uint8."""
-    from studio.art.atlas import known
-
     known(name, PHRASES, "background")
     if name in PLAIN:
         return np.full((side, side, 3), PLAIN[name], np.uint8)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from studio.art.atlas import known, resize
+
 PHRASES: dict[str, str] = {
     "pixel": "pixel art",
     "blueprint": "blueprint drawing",
@@ -24,8 +26,6 @@ PHRASES: dict[str, str] = {
 
 def apply_look(look: str, rgba: np.ndarray) -> np.ndarray:
     """Redraw a sprite ``[h, w, 4]`` uint8 (straight alpha) in ``look``; same shape."""
-    from studio.art.atlas import known
-
     return _LOOKS[known(look, PHRASES, "look")](rgba)
 
 
@@ -78,8 +78,6 @@ def _mix(amount: np.ndarray, on: tuple[int, int, int], off: tuple[int, int, int]
 
 def _pixel(rgba: np.ndarray) -> np.ndarray:
     """12 cells along the longer side, a palette of 12 colours, hard alpha."""
-    from studio.art.atlas import resize
-
     height, width = rgba.shape[:2]
     scale = 12 / max(height, width)
     small = resize(rgba, max(round(height * scale), 1), max(round(width * scale), 1))

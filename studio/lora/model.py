@@ -117,3 +117,18 @@ class Lora:
     @property
     def trigger(self) -> str:
         return self.metadata.get("studio.trigger", "")
+
+    @property
+    def class_word(self) -> str:
+        return self.metadata.get("studio.class_word", "")
+
+    @property
+    def is_style(self) -> bool:
+        """Whether it was taught a style, which has no place of its own in a picture."""
+        return self.metadata.get("studio.kind") == "style"
+
+    @property
+    def called(self) -> str:
+        """How a prompt calls what it was taught: "trigger class", or what is known of it; "" when nothing is."""
+        words = self.trigger.lower().split()
+        return self.trigger if self.class_word.lower() in words else f"{self.trigger} {self.class_word}".strip()

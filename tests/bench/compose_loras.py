@@ -132,8 +132,9 @@ def teach_all(
     jobs: int = 1,
     steps: int = STEPS,
     say: Callable[[str], None] = print,
+    teach: Callable[[str, str, str, int], float] = teach,
 ) -> list[str]:
-    """Train what is missing, ``jobs`` at a time; the names trained."""
+    """Train what is missing with ``teach``, ``jobs`` at a time; the names trained."""
     todo = missing(folder, base_sha256, names)
     say(f"{len(names) - len(todo)} of {len(names)} LoRAs are there, {len(todo)} to train")
     if not todo:

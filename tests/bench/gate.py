@@ -3,7 +3,8 @@
     python -m tests.bench.gate --base assets/base --tier a --n 300 --seed 1 --out outputs/gate
 
 Half of the cases are single subjects, half pairs; concept, style, background and place are drawn from the tier at random.
-Writes ``gate.json``, ``sheet.png`` (the first cases, unselected) and ``failures.png`` (the worst).
+Writes ``gate.json``, ``sheet.png`` (the first cases, unselected) and ``failures.png`` (the worst); with ``--report PAGE``
+also the table and both sheets into the page's own section of that gate.
 """
 
 from __future__ import annotations
@@ -23,11 +24,23 @@ from studio.art.atlas import STYLES, splits
 from studio.art.backgrounds import BASE
 from studio.art.captions import caption
 from studio.art.scenes import Scene, sample_scene
+from studio.base import base_sha256
 from studio.errors import FileError
 from tests.bench.judge import TAU, Judge, Judgement, Wanted, vae_roundtrip, wanted_of
+from tests.bench.page import replace_section
 from tests.bench.sheets import contact_sheet, save_sheet
 from tests.bench.statistics import Rate, rate
 
+BARS = {
+    "a": {"singles: all present, right style and place": 80, "pairs: all present, right style and place": 40},
+    "b": {
+        "singles: all present, right style and place": 90,
+        "singles: right style, given the concept": 90,
+        "singles: right background": 95,
+        "pairs: all present, right style and place": 70,
+    },
+}
+"""Per cent of each gate."""
 Generator = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
 """Prompts and seeds to pictures."""
 
@@ -175,6 +188,36 @@ def measure(
     return rates
 
 
+def write_report(page: Path, given: argparse.Namespace, rates: dict[str, Rate]) -> None:
+    """Put the rates beside their bars, and both sheets, into the section of this gate on ``page``."""
+    tier, bars = given.tier, BARS[given.tier]
+    command = f"--base {given.base} --tier {tier} --n {given.n} --seed {given.seed} --out DIR --report {page}"
+    lines = [
+        f"## The base model: gate {tier.upper()}",
+        "",
+        f"    python -m tests.bench.gate {command}",
+        "",
+        f"Base `{base_sha256(given.base)[:12]}`, {24 if tier == 'a' else 48} named subjects x 3 art styles x {len(BASE)} "
+        f"backgrounds, drawn at random; {given.steps} steps, guidance {given.guidance:g}; half singles, half pairs.",
+        "",
+        "| | rate | 95 % interval | n | bar |",
+        "|---|---|---|---|---|",
+    ]
+    for name, value in rates.items():
+        middle, low, high = (f"{100 * share:.1f}" for share in (value.value, value.low, value.high))
+        lines.append(f"| {name} | {middle} % | {low} - {high} | {value.n} | {bars.get(name, '')} |")
+    pictures = page.parent / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines.append("")
+    for name, title in (("sheet", "the first cases, unselected"), ("failures", "the worst failures")):
+        if (given.out / f"{name}.png").is_file():
+            file = pictures / f"gate-{tier}{'-failures' if name == 'failures' else ''}.webp"
+            with Image.open(given.out / f"{name}.png") as sheet:
+                sheet.save(file, quality=85, method=6)
+            lines.append(f"![{title}](pictures/{file.name})")
+    replace_section(page, "\n".join(lines), f"gate {tier}")
+
+
 def _sheet(
     cases: Sequence[Case],
     outcomes: Sequence[Outcome],
@@ -213,6 +256,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tau", type=float, default=TAU)
     parser.add_argument("--cache", type=Path, help="folder for templates that went through the VAE (default: the user's cache)")
+    parser.add_argument("--report", type=Path, help="a page, such as docs/results.md: its section of this gate is written anew")
     parser.add_argument("--no-vae-templates", action="store_true", help="templates as drawn, not through the VAE")
     given = parser.parse_args()
     generator, roundtrip = stock_generator(given.base, given.steps, given.guidance)
@@ -220,6 +264,8 @@ def main() -> None:
     rates = measure(generator, judge, make_cases(given.tier, given.n, given.seed), given.out, given.batch)
     for name, value in rates.items():
         print(f"{name:48s} {value}")
+    if given.report:
+        write_report(given.report, given, rates)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compose import method_named
-from compose.attend import Attend, AttendOptions, competing, kernel, neglect, smooth
+from compose.attend import Attend, AttendOptions, competing, neglect
 from compose.bank import Adapter
 from compose.run import Run, Step
 from studio.errors import CancelledError, RequestError, UnknownNameError
@@ -32,15 +32,6 @@ def test_words_compete_without_begin_and_end() -> None:
     assert not got[:, [0, 5, 6, 11]].any()
     expected = (100 * maps[:, [1, 2, 3, 4, 7, 8, 9, 10]]).softmax(1)
     torch.testing.assert_close(got[:, [1, 2, 3, 4, 7, 8, 9, 10]], expected)
-
-
-def test_smoothing_is_the_published_kernel() -> None:
-    assert kernel()[1].sum() == pytest.approx(0.5761, abs=1e-4) and kernel().sum() == pytest.approx(1)
-    maps = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    got = smooth(maps)
-    patch = maps[1, 2, 1:4, 2:5]
-    assert got[1, 2, 2, 3] == pytest.approx(float((patch * kernel()).sum()), abs=1e-6)
-    torch.testing.assert_close(smooth(torch.full((1, 1, 4, 4), 0.3)), torch.full((1, 1, 4, 4), 0.3))
 
 
 def test_neglect_is_nothing_for_an_owner_and_one_for_the_unseen() -> None:

@@ -137,7 +137,7 @@ def test_sets_are_read_alike_explicitly_and_through_the_kernel(size: int) -> Non
 def test_a_map_too_large_to_write_out_is_read_by_sets_only() -> None:
     q = some(1, 1, 1100, 4)
     torch.testing.assert_close(read(q, q, torch.ones(1, 1100), None, sdpa), torch.ones(1, 1100, 1))
-    with pytest.raises(ValueError, match="1100 x 1100 is too large"):
+    with pytest.raises(RequestError, match="1100 x 1100 places are too many"):
         read(q, q, None, None, sdpa)
 
 

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from compose.bank import Adapter
 from compose.clora import BASE, CLoRA, CLoRAOptions
 from compose.clora_masks import above
-from compose.contrast import likeness, min_max
 from compose.denoise import guide
 from compose.run import Method, Run, Step
 from compose.text import Wording
@@ -30,6 +29,16 @@ PROMPT = "a red cat on the green dog"
 def concept(make_lora: Make, seed: int, trigger: str, noun: str, wanted: str = "attn1 attn2", **more: str) -> Adapter:
     told = {"trigger": trigger, "class_word": noun, **more}
     return Adapter(f"lora {seed}", make_lora(seed, wanted, size=0.25, **told))
+
+
+def likeness(maps: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean cosine within classes and across them, ``[n]`` each: what the loss raises and lowers."""
+    unit = torch.nn.functional.normalize(maps, dim=-1, eps=1e-8)
+    alike = unit @ unit.transpose(-1, -2)
+    label = torch.tensor(list(classes), device=maps.device)
+    same = label[:, None] == label[None, :]
+    pairs = same & ~torch.eye(len(label), dtype=torch.bool, device=maps.device)
+    return alike[..., pairs].mean(-1), alike[..., ~same].mean(-1)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +216,8 @@ def test_a_row_whose_gradient_is_not_finite_in_one_pass_stays(base: Base, ready:
 
 def test_updates_part_the_subjects(base: Base, ready: Any, stack: Any) -> None:
     """They raise the likeness within classes and lower it across, and a small step lowers the loss."""
-    from compose.guidance import mean_map, scaled, updated
+    from compose.guidance import scaled, updated
+    from compose.maps import mean_map, min_max
 
     method, run, step = ready(base, 2, stack)
     z = torch.randn(run.latents.shape, generator=torch.Generator().manual_seed(4))

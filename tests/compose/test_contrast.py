@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compose.contrast import min_max, nt_xent
+from compose.contrast import nt_xent
+from compose.maps import min_max
 
 
 def random_maps(*shape: int, seed: int = 0) -> Tensor:

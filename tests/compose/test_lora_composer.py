@@ -17,9 +17,9 @@ from compose.attention import attention_layers
 from compose.bank import Adapter, LoraBank
 from compose.denoise import denoise
 from compose.figures import Boxes, Curves, Maps
-from compose.guidance import latents_gradient, updated
+from compose.guidance import latents_gradient, phi, updated
 from compose.layerwise import cross_layers
-from compose.lora_composer import LoraComposer, phi
+from compose.lora_composer import LoraComposer
 from compose.run import Method, Run, Step
 from compose.text import Encoded, Reading, Wording, encode_pair
 from studio.base import Base
@@ -32,8 +32,8 @@ MakeLora = Callable[..., Lora]
 PROMPT = "a cat on the left of a dog"
 WHOLE = "0,0,1,1"
 LEFT, RIGHT = "0,0,0.5,1", "0.5,0,1,1"
-BARE: dict[str, Any] = {"isolation": False, "step_size": 0, "reinit": False}
-PAPER: dict[str, Any] = {"injection": "cross_kv_out", "step_size": 0, "reinit": False}
+BARE: dict[str, Any] = {"isolation": False, "step": 0, "reinit": False}
+PAPER: dict[str, Any] = {"injection": "cross_kv_out", "step": 0, "reinit": False}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_one_region_over_everything_is_the_filtered_lora_and_the_local_prompt(
 def test_one_masked_region_over_everything_is_the_whole_lora(sample: Sample, pair: list[Adapter]) -> None:
     expected = sample(None, pair[1:], prompt="red dog")
     got = sample(
-        LoraComposer.of(injection="masked_all", step_size=0, reinit=False), pair[1:], prompt=PROMPT,
+        LoraComposer.of(injection="masked_all", step=0, reinit=False), pair[1:], prompt=PROMPT,
         regions=regions(f"dog@{WHOLE}"),
     )  # fmt: skip
     assert close(got, expected)
@@ -108,12 +108,12 @@ def test_equal_overlapping_regions_are_one_and_their_order_does_not_matter(
     sample: Sample, pair: list[Adapter], injection: str
 ) -> None:
     def of(adapters: Sequence[Adapter], *texts: str) -> Tensor:
-        method = LoraComposer.of(injection=injection, step_size=2, reinit=False, fill=0, enhance=0)
+        method = LoraComposer.of(injection=injection, step=2, reinit=False, fill=0, enhance=0)
         return sample(method, adapters, prompt=PROMPT, regions=regions(*texts), steps=3)
 
     one = of(pair, f"cat@{LEFT}", f"dog@{RIGHT}")
     assert close(one, of(pair[::-1], f"dog@{RIGHT}", f"cat@{LEFT}"), 1e-3)
-    twice = LoraComposer.of(injection=injection, step_size=0, reinit=False)
+    twice = LoraComposer.of(injection=injection, step=0, reinit=False)
     assert close(
         sample(twice, pair, prompt=PROMPT, regions=regions(f"cat@{LEFT}", f"cat@{LEFT}", f"dog@{RIGHT}")),
         sample(twice, pair, prompt=PROMPT, regions=BOTH),
@@ -143,7 +143,7 @@ def test_a_mask_in_the_shape_of_a_box_is_the_box(sample: Sample, pair: list[Adap
     picture.paste(255, (0, 0, 32, 32))
     picture.save(tmp_path / "left.png")
     masked = (Region(loras=("cat",), mask=tmp_path / "left.png"), BOTH[1])
-    method = LoraComposer.of(injection="masked_all", step_size=1)
+    method = LoraComposer.of(injection="masked_all", step=1)
     assert close(
         sample(method, pair, prompt=PROMPT, regions=masked, steps=3), sample(method, pair, prompt=PROMPT, regions=BOTH, steps=3)
     )
@@ -202,8 +202,7 @@ def test_the_gradient_is_that_of_finite_differences_and_goes_downhill(
         slope = float(at(z + h * direction)[0] - at(z - h * direction)[0]) / (2 * h)
         seen.append((slope, float((gradient * direction).sum())))
         assert float(gradient.norm()) > 0
-        step_size = 1e-4 / float(gradient.norm())
-        assert float(at(updated(z, gradient, step_size))[0]) < float(loss)
+        assert float(at(updated(z, gradient, 1e-4 / float(gradient.norm())))[0]) < float(loss)
 
     method.look = look
     denoised(as_precise(base, torch.float64), method, pair, steps=1, scheduler=scheduler)
@@ -244,7 +243,7 @@ def test_guidance_latches_and_lasts_6_to_26_of_50_steps(
     base: Base, pair: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = scripted(monkeypatch, lambda step, rows: [30.0 - step] * len(rows))
-    method = Still.of(reinit=False, step_size=20)
+    method = Still.of(reinit=False, step=20)
     denoised(base, method, pair, steps=50)
     assert [step for step, _ in calls] == list(range(26))
     expected = [20 * (1 - 0.5 * i / 49) ** 0.5 for i in range(26)]
@@ -253,12 +252,12 @@ def test_guidance_latches_and_lasts_6_to_26_of_50_steps(
 
     calls[:] = []
     scripted_rise = scripted(monkeypatch, lambda step, rows: [float(step)] * len(rows))
-    denoised(base, Still.of(reinit=False, step_size=20), pair, steps=50)
+    denoised(base, Still.of(reinit=False, step=20), pair, steps=50)
     assert [step for step, _ in scripted_rise] == list(range(6))
 
     # A rise at step 9 of one picture alone ends its guidance; a later fall does not bring it back.
     several = scripted(monkeypatch, lambda step, rows: [50.0 - step + 20 * (step == 9 and row == 0) for row in rows])
-    method = Still.of(reinit=False, step_size=20)
+    method = Still.of(reinit=False, step=20)
     denoised(base, method, pair, rows=2, steps=50)
     assert several == [(step, 2) for step in range(10)] + [(step, 1) for step in range(10, 26)]
     assert not bool(method.losses[9].isnan().any())
@@ -277,13 +276,23 @@ def test_the_embedded_base_takes_smaller_steps(base: Base, pair: list[Adapter], 
 
 def test_fewer_steps_scale_the_schedule(base: Base, pair: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = scripted(monkeypatch, lambda step, rows: [30.0 - step] * len(rows))
-    denoised(base, Still.of(reinit=False, step_size=20), pair, steps=20)
+    denoised(base, Still.of(reinit=False, step=20), pair, steps=20)
     assert [step for step, _ in calls] == list(range(11))
-    assert phi(0, 20) == 20 and phi(19, 20) == pytest.approx(20 * 0.5**0.5) and phi(0, 1) == 20
+    assert phi(0, 20, 20.0) == 20 and phi(19, 20, 20.0) == pytest.approx(20 * 0.5**0.5) and phi(0, 1, 20.0) == 20
+
+
+@pytest.mark.parametrize(("scheduler", "expected"), [("heun", [0, 2, 4]), ("dpmpp_2s", [0, 2])])
+def test_latents_move_only_where_a_step_begins(
+    base: Base, pair: list[Adapter], monkeypatch: pytest.MonkeyPatch, scheduler: str, expected: list[int]
+) -> None:
+    """In between, samplers of second order go back to the state they began with: a move there would be lost."""
+    calls = scripted(monkeypatch, lambda step, rows: [30.0 - step] * len(rows))
+    denoised(base, Still.of(reinit=False, step=20), pair, steps=6, scheduler=scheduler)
+    assert [step for step, _ in calls] == expected
 
 
 def test_a_picture_does_not_depend_on_its_batch(sample: Sample, pair: list[Adapter]) -> None:
-    method = LoraComposer.of(step_size=1)
+    method = LoraComposer.of(step=1)
     both = sample(method, pair, prompt=PROMPT, regions=BOTH, seeds=[3, 4], steps=4)
     alone = sample(method, pair, prompt=PROMPT, regions=BOTH, seeds=[4], steps=4)
     assert close(both[1:], alone, 1e-3)
@@ -306,7 +315,7 @@ def test_each_part_acts_and_costs_what_it_should(sample: Sample, pair: list[Adap
     assert counted[-1][0] == 20 and 1 + 2 <= counted[-1][1] <= 1 + 6 and counted[-1][2] == counted[-1][1] - 1
     bare = of(**BARE)
     assert counted[-1] == (20, 0, 0)
-    for options in ({"isolation": False}, {"step_size": 0}, {"reinit": False}, {"leak": 50}, {"injection": "cross_kv_out"}):
+    for options in ({"isolation": False}, {"step": 0}, {"reinit": False}, {"leak": 50}, {"injection": "cross_kv_out"}):
         assert not close(of(**options), whole, 1e-3), options
     assert torch.equal(of(), whole) and torch.equal(of(**BARE), bare)
 
@@ -321,7 +330,7 @@ def test_overlapping_and_full_regions_are_finite_in_half_precision(
 ) -> None:
     half = as_precise(base, dtype)
     both = regions(f"cat@{places[0]}", f"dog@{places[1]}")
-    got = denoised(half, LoraComposer.of(step_size=1), pair, regions=both, steps=2)
+    got = denoised(half, LoraComposer.of(step=1), pair, regions=both, steps=2)
     assert bool(got.isfinite().all())
 
 
@@ -374,5 +383,5 @@ def test_words_that_a_lora_carries_for_each_layer_speak_in_its_region(base: Base
     got = of(method, own, PROMPT, regions=whole)
     assert close(got, of(None, filtered, "sks cat"))
     assert not close(got, of(method, pair[0], PROMPT, reading=Reading(), regions=whole), 1e-2)
-    guided = of(LoraComposer.of(step_size=1), own, PROMPT, regions=regions(f"cat@{LEFT}"))
+    guided = of(LoraComposer.of(step=1), own, PROMPT, regions=regions(f"cat@{LEFT}"))
     assert bool(guided.isfinite().all())

@@ -242,3 +242,15 @@ def test_weights_over_the_schedule(base: Base, sample: Sample, pair: list[Adapte
     ):
         with pytest.raises(RequestError, match=why):
             method_named("merge", **options).check(pair)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"rank": 4}, "'rank' does nothing with how='sum'"),
+        ({"how": "svd", "density": 0.3}, "'density' does nothing with how='svd'"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(RequestError, match=why):
+        method_named("merge", **options)

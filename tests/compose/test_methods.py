@@ -77,6 +77,16 @@ def test_composite_makes_one_forward_per_chunk(base: Base, three: list[Adapter],
         handle.remove()
 
 
+def test_equal_prompts_are_held_once(make_lora: Callable[..., Lora], sample: Sample) -> None:
+    """Otherwise memory would grow with the number of LoRAs also where they are computed one by one."""
+    composite = Composite.of(chunk=1)
+    sample(composite, [Adapter(f"lora {seed}", make_lora(seed, "attn2")) for seed in range(4)], steps=1)
+    assert len(composite.prompts) == 4
+    held = {id(encoded) for pair in composite.prompts.values() for encoded in pair}
+    assert len(held) == 2
+    assert not [name for name, value in vars(composite).items() if isinstance(value, dict) and name != "prompts"]
+
+
 def test_switch_is_one_lora_at_a_time(base: Base, three: list[Adapter], sample: Sample) -> None:
     def share(step: int) -> list[float]:
         return [1.0 if k == active(step, 3, 2) else 0.0 for k in range(3)]
@@ -198,6 +208,10 @@ def test_names_and_options_are_checked(three: list[Adapter]) -> None:
         method_named("switch", tua=3)
     with pytest.raises(RequestError, match="tau: input should be greater than or equal to 1, got '0'"):
         method_named("switch", tau="0")
+    with pytest.raises(UnknownNameError, match="unknown option of method 'switch' 'tua'"):
+        method_named("attend", method="switch", inner={"tua": 3})
+    with pytest.raises(UnknownNameError, match="unknown method 'swich'"):
+        method_named("attend", method="swich")
     with pytest.raises(RequestError, match="gain: must be a finite number"):
         method_named("composite", gain="nan")
     with pytest.raises(RequestError, match=r"'always' names 'quick', which is none of the request's LoRAs \(one, two, three\)"):

@@ -40,7 +40,7 @@ STYLE = adapter("night", trigger="style", class_word="photo")
 
 
 PROMPT = "a cat on the left of a dog"
-PLAIN: dict[str, Any] = {"isolation": False, "step_size": 0, "reinit": False}
+PLAIN: dict[str, Any] = {"isolation": False, "step": 0, "reinit": False}
 Sample = Callable[..., Tensor]
 
 

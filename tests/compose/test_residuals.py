@@ -53,7 +53,7 @@ def test_a_controlnet_and_an_adapter_are_asked_for_each_forwards_own_rows(
         return {"down_intrablock_additional_residuals": [torch.ones(len(x), *shape) for shape in shapes]}
 
     def of(residuals: Any) -> Tensor:
-        return sample(LoraComposer.of(step_size=1), pair, regions=BOTH, seeds=[0, 1], steps=3, residuals=residuals)
+        return sample(LoraComposer.of(step=1), pair, regions=BOTH, seeds=[0, 1], steps=3, residuals=residuals)
 
     plain, controlled = of(None), of(control)
     assert not close(plain, controlled, 1e-2)

@@ -58,7 +58,7 @@ def our_picture(prompt: str, lora: Path | None) -> np.ndarray:
     return np.asarray(result.images[0]).astype(int)
 
 
-@pytest.mark.parametrize(("name", "layout"), [("pixel", "diffusers"), ("cat-face", "kohya")])
+@pytest.mark.parametrize(("name", "layout"), [("pastel", "diffusers"), ("cat-face", "kohya")])
 def test_a_shipped_lora_in_stock_diffusers(stock: Any, name: str, layout: Layout, tmp_path: Path) -> None:
     shipped = assets() / "loras" / f"{name}.safetensors"
     lora = load_lora(shipped)

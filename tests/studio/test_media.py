@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from studio.base import Base
 from studio.errors import FileError, NumericsError, RequestError
 from studio.hashes import auto_v3
-from studio.media import decode, encode, images_to_media, media_to_images, read_carried, save_png
+from studio.media import decode, encode, images_to_media, media_to_images, open_picture, read_carried, save_png
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -99,7 +99,20 @@ def test_texts_of_other_programs(tmp_path: Path) -> None:
         read_carried(tmp_path / "b.txt")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"request": 1}'])
+def test_sixteen_bits_of_gray_are_scaled_not_cut_off(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(tmp_path / "x.png")
+    assert np.asarray(open_picture(tmp_path / "x.png"))[0, 0].tolist() == [128, 128, 128]
+
+
+def test_a_picture_that_is_a_bomb_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture().save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    for reader in (read_carried, open_picture):
+        with pytest.raises(FileError, match="cannot read the picture"):
+            reader(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"request": 1}', "[" * 200_000], ids=["cut", "list", "number", "deep"])
 def test_damaged_records_are_one_sentence(tmp_path: Path, text: str) -> None:
     texts = PngInfo()
     texts.add_text("studio", text)

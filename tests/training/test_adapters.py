@@ -37,6 +37,10 @@ def test_named_targets(base: Base) -> None:
     assert any(name.endswith("ff.net.2") for name in both)
     assert any(isinstance(base.unet.get_submodule(name), nn.Conv2d) and "conv1" in name for name in every)
     assert all("attn2" in name for name in target_names(base.unet, ("attn2",), {}))
+    image = set(target_names(base.unet, "image", {}))
+    assert image < every
+    assert {"attn1.to_q", "ff.net.2", "conv1"} <= {".".join(name.split(".")[-k:]) for name in image for k in (1, 2, 3)}
+    assert not any("attn2" in name for name in image)
 
 
 def test_patterns_select_rates_and_leave_out(base: Base) -> None:

@@ -49,7 +49,7 @@ def values(**changes: Any) -> Spoil:
 CASES: dict[str, tuple[Spoil, str]] = {
     "no pictures": (no_pictures, "no pictures in"),
     "one picture": (one_picture, "holds one picture"),
-    "broken picture": (broken_picture, "2.png' is broken"),
+    "broken picture": (broken_picture, "2.png: image file is truncated: replace or remove it"),
     "caption without picture": (lonely_caption, "9.txt' has no picture of the same name"),
     "no folder": (values(data="nowhere"), "'nowhere' does not exist"),
     "known trigger": (values(trigger="apple"), "'apple' is already a known word of 'tiny'"),

@@ -18,6 +18,7 @@ from tests.training.conftest import Configure, draw
 from training import describe, train_concept
 from training.concept import Progress
 from training.state import find
+from training.text import Reader
 
 
 def quiet(progress: Progress) -> None:
@@ -130,10 +131,8 @@ def test_consistency_holds_the_class_in_place(configure: Configure, base: Base) 
             configure(steps=20, batch=2, prior_batch=2, learning_rate=1e-2, targets="all", **changes), quiet
         ).path
         lora = load_lora(path)
-        from training.text import encode
-
         x = torch.randn(8, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-        t, text = torch.arange(50, 1000, 120), encode(base, ["an apple"] * 8).states
+        t, text = torch.arange(50, 1000, 120), Reader(base).read_frozen(["an apple"] * 8).states
         originals = {}
         with torch.no_grad():
             wanted = base.unet(x, t, text).sample

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from studio.base import Base
 from studio.errors import FileError, RequestError, UnknownNameError
+from studio.family import FAMILIES
 from training.config import FOREIGN_NAMES, ConceptConfig, differences, load_config, make_config
+from training.plan import settled
 
 NEEDED: dict[str, Any] = {"data": "d", "output": "o.safetensors", "trigger": "zqx"}
 
@@ -62,9 +66,10 @@ def test_bad_values_are_one_sentence(changes: dict[str, Any], said: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_missing_value_is_named() -> None:
-    with pytest.raises(RequestError, match="'trigger' is missing"):
-        make_config(data="d", output="o.safetensors")
+@pytest.mark.parametrize("key", [name for name, field in ConceptConfig.model_fields.items() if field.is_required()])
+def test_a_missing_value_is_named_with_what_to_give(key: str) -> None:
+    with pytest.raises(RequestError, match=f"'{key}' is missing: give the"):
+        make_config(**{name: value for name, value in NEEDED.items() if name != key})
 
 
 @pytest.mark.parametrize(
@@ -95,3 +100,17 @@ def test_every_option_is_in_the_manual() -> None:
 
 def test_differences() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 2 -> 3", "c: (absent) -> 4"]
+
+
+def test_what_is_left_out_follows_base_and_kind(base: Base, tmp_path: Path) -> None:
+    def chosen(base: Base, **values: Any) -> tuple[float, object]:
+        config = settled(make_config(data=tmp_path, output=tmp_path / "x.safetensors", trigger="zqx", **values), base)
+        return config.learning_rate, config.targets
+
+    assert chosen(base) == (1e-3, "attn+ff")
+    assert chosen(base, kind="style") == (2e-3, "image")
+    assert chosen(base, kind="style", targets="attn", learning_rate=5e-4) == (5e-4, "attn")
+    assert chosen(base, optimizer="prodigy") == (1.0, "attn+ff")
+    large = replace(base, family=FAMILIES["sd15"])
+    assert chosen(large) == (1e-4, "attn+ff")
+    assert chosen(large, learning_rate=1e-3) == (1e-3, "attn+ff")

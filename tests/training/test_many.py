@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from studio.base import _LOADED
 from studio.errors import CancelledError, FileError, RequestError
@@ -80,6 +82,18 @@ def test_one_failure_stops_nothing_else_and_finished_ones_are_skipped(
     changed = train_many(configs_of(folder, **{**shared, "rank": 1}), quiet)
     assert {o.state for o in changed} == {"failed"}
     assert "rank: 2 -> 1" in changed[0].error and "restart" in changed[0].error
+
+
+@pytest.mark.parametrize("told", ["", "{", "[]"])
+def test_a_file_that_says_nothing_of_its_training_is_left_alone(folder: Path, shared: Shared, told: str) -> None:
+    shutil.rmtree(folder / "abc"), shutil.rmtree(folder / "qrs")
+    layer = "unet.mid_block.attentions.0.proj_in"
+    parts = {f"{layer}.lora_A.weight": torch.zeros(1, 4), f"{layer}.lora_B.weight": torch.zeros(4, 1)}
+    save_file(parts, folder / "xyz.safetensors", {"studio.config": told})
+    before = (folder / "xyz.safetensors").read_bytes()
+    (outcome,) = train_many(configs_of(folder, **shared), quiet)
+    assert outcome.state == "failed" and "was trained with other values" in outcome.error
+    assert (folder / "xyz.safetensors").read_bytes() == before
 
 
 def test_an_unforeseen_failure_is_noted_too(folder: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:

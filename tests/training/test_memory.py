@@ -9,7 +9,7 @@ from studio.base import Base
 from tests.training.conftest import Configure
 from training.adapters import attached, chosen_layers
 from training.memory import _text, estimate, parameter_count, word_count
-from training.words import Reader
+from training.text import Reader
 
 
 def test_learning_words_costs_the_text_encoder_s_memory(base: Base, configure: Configure) -> None:
@@ -26,7 +26,7 @@ def test_learning_words_costs_the_text_encoder_s_memory(base: Base, configure: C
         assert adapters.word is not None
         own = {parameter.untyped_storage().data_ptr() for parameter in base.text_encoder.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            Reader(base, adapters.word).read([f"a zqx {word}" for word in ("apple", "cat", "dog", "style")])
+            Reader(base, [adapters.word.embedding]).read([f"a zqx {word}" for word in ("apple", "cat", "dog", "style")])
     real = sum(size for key, (size, _) in kept.items() if key not in own)
     assert _text(base, config) == pytest.approx(real, rel=0.34)
     plain = configure(batch=4)

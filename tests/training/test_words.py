@@ -27,7 +27,8 @@ from tests.training.conftest import Configure
 from training import train_concept
 from training.adapters import attached
 from training.progress import Progress
-from training.words import LearntWord, Reader, full_length, start
+from training.text import Reader
+from training.words import LearntWord, full_length, start
 
 RECIPES: dict[str, dict[str, Any]] = {
     "textual inversion": {"train_text": "embedding", "train_unet": False, "tokens": 1, "layerwise": False},
@@ -112,7 +113,7 @@ def test_training_and_generation_read_a_caption_alike(configure: Configure, base
     captions = ["a zqx apple on the left", "an apple", "", "a zqx apple on the left"]
     with attached(base, config) as adapters:
         assert adapters.word is not None
-        read = Reader(base, adapters.word).read(captions)
+        read = Reader(base, [adapters.word.embedding]).read(captions)
         lora = Lora({}, tokens=adapters.word.learnt())
     said = encode(base, captions, reading=Reading(embeddings=tuple(carried_embeddings("x", lora))))
     torch.testing.assert_close(read.states, said.states, atol=1e-5, rtol=1e-5)
@@ -126,7 +127,7 @@ def test_training_and_generation_read_a_caption_alike(configure: Configure, base
 def test_gradients_reach_every_layer_s_vectors(configure: Configure, base: Base) -> None:
     with attached(base, configure(train_text="embedding")) as adapters:
         assert adapters.word is not None
-        states = Reader(base, adapters.word).read(["a zqx apple"]).states
+        states = Reader(base, [adapters.word.embedding]).read(["a zqx apple"]).states
         x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
         base.unet(x, torch.tensor([5]), states).sample.square().mean().backward()
         gradient = adapters.word.vectors["text_encoder"].grad

@@ -200,7 +200,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("generate",), "Missing argument 'prompt'"),
+        (("generate",), "Missing argument 'PROMPT'"),
         (("generate", "a", "--steps", "many"), "'--steps'"),
         (("generate", "a", "--stpes", "4"), "--stpes"),
         (("generate", "a", "--size", "big"), "size"),
@@ -211,7 +211,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPa
         (("generate", "a", "--memory", "most"), "'--memory'"),
         (("generate", "a", "--dtype", "int8"), "'--dtype'"),
         (("generate", "a", "--clip-skip", "0"), "clip_skip"),
-        (("generate", "a", "--set", "tau"), "KEY=VALUE"),
+        (("generate", "a", "--set", "tau"), "OPTION=VALUE"),
         (("generate", "a", "--set", "tau=2", "--set", "tau=3"), "given twice"),
         (("generate", "a", "--strict", "--as-written"), "one of them"),
         (("generate", "a", "--strength", "0.5"), "init_image"),
@@ -238,8 +238,8 @@ def test_every_error_has_a_documented_exit_code() -> None:
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.StudioError)]
     assert {kind.exit_code for kind in kinds} <= set(console.EXIT_CODES)
     readme = (ROOT / "README.md").read_text("utf-8")
-    for code in console.EXIT_CODES:
-        assert f"| {code} |" in readme
+    for code, meaning in console.EXIT_CODES.items():
+        assert f"| {code} | {meaning} |" in readme
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +262,7 @@ def test_settings_are_yaml_values() -> None:
     assert parse_settings(["min-snr=null", "flip=true", "targets=[a, b]", "caption=x=y"]) == {
         "min_snr": None, "flip": True, "targets": ["a", "b"], "caption": "x=y",
     }  # fmt: skip
-    with pytest.raises(RequestError, match="KEY=VALUE"):
+    with pytest.raises(RequestError, match="OPTION=VALUE"):
         parse_settings(["flip"])
     with pytest.raises(RequestError, match="not a YAML value"):
         parse_settings(["flip=[1"])

@@ -84,6 +84,9 @@ def test_shipped_files_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert found["atlas"].state == "ok"
     assert found["embedded base"].detail.startswith("base-9 in ")
     assert found["LoRAs"].detail == "cat"
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "base" / "studio.json").write_text(damaged)
+        assert by_name(list(doctor.shipped()))["embedded base"].detail.startswith("unnamed in ")
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.studio.lora_dumps import kohya, motion
 from ui import cli, console
 
 pytestmark = pytest.mark.usefixtures("no_network")
-SHIPPED = assets() / "loras" / "pixel.safetensors"
+SHIPPED = assets() / "loras" / "pastel.safetensors"
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 FLAT = f"lora_unet_{ATTENTION.replace('.', '_')}_to_q"
 Files = dict[str, tuple[dict[str, Tensor], dict[str, str] | None]]

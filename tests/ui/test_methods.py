@@ -21,23 +21,37 @@ def test_every_method_has_a_line_and_every_option_a_help(name: str) -> None:
     assert told.summary == told.summary.strip() != ""
     assert [option.name for option in told.options] == list(method_named(name).takes.model_fields)
     for option in told.options:
-        assert option.help, f"{name}: the docstring of the options says nothing of '{option.name}'"
+        # A few words are no help: an option says what it does, and what the paper has where there is one.
+        assert len(option.help.split()) >= 4, f"{name}: the docstring of the options says too little of '{option.name}'"
+        assert option.help.endswith(".")
         assert "`" not in option.help
         assert option.values
 
 
 def test_texts_are_those_of_the_docstring() -> None:
     told = {option.name: option for option in methods.describe("cmlora").options}
-    assert told["intervals"].help == "c1 and c2, steps between refreshes."
+    assert told["intervals"].help.startswith("c1,c2: steps from one whole forward of the dominant LoRA to the next")
     assert told["order"].values == "paper | reversed | random | rotation"
     assert told["always"].help.startswith("LoRAs that act in every pass")
     assert [methods.shown(told[name].default) for name in ("intervals", "always", "cache", "cut")] == [
         "2,3",
         "-",
         "true",
-        "None",
+        "-",
     ]
     assert {o.name: o.values for o in methods.describe("merge").options}["weight"] == "number | 1/K"
+
+
+def test_values_tell_their_range() -> None:
+    told = {(name, o.name): o.values for name in METHODS for o in methods.describe(name).options}
+    assert told[("switch", "tau")] == "whole number from 1"
+    assert told[("cmlora", "phase")] == "number 0..1"
+    assert told[("cmlora", "intervals")] == "whole number from 1,whole number from 1"
+    assert told[("clora", "threshold")] == "number from 0, under 1"
+    assert told[("clora", "refine")] == "number 0..1,..."
+    assert told[("clora", "morphology")] == "dilate | erode | open | close,..."
+    assert told[("merge", "density")] == "number over 0, to 1"
+    assert told[("masked", "seeds")] == "number over 0, to 0.5"
 
 
 def test_methods_prints_all_or_one(capsys: pytest.CaptureFixture[str]) -> None:

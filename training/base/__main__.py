@@ -115,12 +115,23 @@ def unet(
 
 
 @app.command()
-def save(out: Path, work: Work = Path("work"), part: str = "unet2", name: str = "base-0", channels: int = 8) -> None:
+def save(
+    out: Path,
+    work: Work = Path("work"),
+    part: str = "unet2",
+    name: str = "base-0",
+    channels: int = 8,
+    init: Annotated[Path | None, typer.Option(help="Take VAE and text side from this base folder instead of WORK.")] = None,
+) -> None:
     """Put the parts trained so far into a stock diffusers folder OUT."""
     from training.base import assemble
 
-    models = assemble.load_vae(work, channels), assemble.load_text(work), assemble.load_unet(work, part, channels)
-    print(assemble.save(assemble.pipeline(*models), out, name))
+    if init is None:
+        vae, text = assemble.load_vae(work, channels), assemble.load_text(work)
+    else:
+        vae, text, _ = assemble.load_parts(init)
+    pipe = assemble.pipeline(vae, text, assemble.load_unet(work, part, channels))
+    print(assemble.save(pipe, out, name))
 
 
 @app.command()

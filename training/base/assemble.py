@@ -3,19 +3,18 @@ code of ours."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from studio.base import weights_sha256
 from training.base import checkpoint, text, unet, vae
 
-WEIGHT_FILES = ("unet", "text_encoder", "vae")
+WEIGHTED = ("unet", "text_encoder", "vae")
 
 
 def scheduler() -> DDIMScheduler:
@@ -67,22 +66,13 @@ def pipeline(vae_model: AutoencoderKL, text_model: CLIPTextModel, unet_model: UN
     )  # fmt: skip
 
 
-def weights_hash(folder: Path) -> str:
-    """sha256 over the sha256 of every weight file of the base, in the order of :data:`WEIGHT_FILES`."""
-    digest = hashlib.sha256()
-    for part in WEIGHT_FILES:
-        for path in sorted((folder / part).glob("*.safetensors")):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
 def save(pipe: StableDiffusionPipeline, folder: Path, name: str, facts: dict[str, Any] | None = None) -> str:
     """Write ``pipe`` in half precision; returns the base's hash.
 
     The stock loader brings UNet and VAE back as fp32 but would leave a half-precision text encoder in fp16, and the
     first matrix product would fail: so its config says float32 over the fp16 file.
     """
-    half = {part: getattr(pipe, part) for part in WEIGHT_FILES}
+    half = {part: getattr(pipe, part) for part in WEIGHTED}
     for module in half.values():
         module.half()
     pipe.save_pretrained(folder, safe_serialization=True)
@@ -92,15 +82,7 @@ def save(pipe: StableDiffusionPipeline, folder: Path, name: str, facts: dict[str
     content = json.loads(config.read_text("utf-8"))
     content.pop("torch_dtype", None)
     config.write_text(json.dumps({**content, "dtype": "float32"}, indent=2) + "\n", "utf-8")
-    digest = weights_hash(folder)
+    digest = weights_sha256(folder)
     record = {"name": name, "family": "embedded", "sha256": digest, **(facts or {})}
     (folder / "studio.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     return digest
-
-
-def random_base(folder: Path, channels: int = 8, seed: int = 0) -> str:
-    """A base of the real shape with random weights, for development."""
-    torch.manual_seed(seed)
-    words = text.tokenizer()
-    parts = vae.build(channels), text.build(len(words), words.bos_token_id, words.eos_token_id), unet.build(channels)
-    return save(pipeline(*parts), folder, "base-random")

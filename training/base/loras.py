@@ -40,8 +40,8 @@ def examples() -> tuple[Example, ...]:
         subject("pizza", "pizza", "plov"),
         subject("dog-face", "dog face", "wexi"),
         subject("unicorn", "unicorn", "quil"),
-        look("pixel", "pixu"),
-        look("blueprint", "blupo"),
+        look("pastel", "sopi"),
+        look("neon", "nevi"),
     )
 
 

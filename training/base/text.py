@@ -6,8 +6,8 @@ thumbnail of the scene; linear heads read subject and style on each side and the
 the pooled state of bare words is drawn towards a sentence encoder's (:mod:`training.base.words`). The sketcher and the
 heads are thrown away.
 
-This replaces the contrastive image tower of the first plan: the thumbnail carries the same visual likeness, costs less,
-and trains the *token* states and the binding of places to nouns, which a pooled contrast never touches.
+Why not a contrastive image tower, as CLIP's: the thumbnail carries the same visual likeness, costs less, and trains the
+*token* states and the binding of places to nouns, which a pooled contrast never touches.
 """
 
 from __future__ import annotations

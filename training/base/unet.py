@@ -20,6 +20,7 @@ from transformers import CLIPTextModel
 from studio.art.scenes import render
 from training.base.data import Mixture, sample
 from training.base.text import WIDTH, tokenizer
+from training.losses import add_noise, min_snr_weights
 
 TRAIN_STEPS = 1000
 MIN_SNR = 5.0
@@ -52,6 +53,8 @@ class Batch(NamedTuple):
 
 
 class Objective(nn.Module):
+    """The ``loss`` of one batch, and its ``mse`` without weights, to compare runs by."""
+
     alphas: Tensor
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -60,11 +63,10 @@ class Objective(nn.Module):
         self.register_buffer("alphas", alphas_cumprod(), persistent=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        alpha = self.alphas[batch.timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
+        noisy = add_noise(batch.latents, batch.noise, batch.timesteps, self.alphas)
         error = (self.unet(noisy, batch.timesteps, batch.states).sample - batch.noise).square().mean((1, 2, 3))
-        snr = (alpha / (1 - alpha)).flatten()
-        return {"loss": (error * snr.clamp(max=MIN_SNR) / snr).mean(), "mse": error.mean()}
+        weights = min_snr_weights(batch.timesteps, self.alphas, MIN_SNR)
+        return {"loss": (error * weights).mean(), "mse": error.mean()}
 
 
 class Pool:

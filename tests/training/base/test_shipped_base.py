@@ -9,8 +9,8 @@ import torch
 from diffusers import ControlNetModel, MotionAdapter, StableDiffusionPipeline, UNetMotionModel
 from transformers import CLIPTokenizer
 
+from studio.base import weights_sha256
 from studio.paths import assets
-from training.base.assemble import weights_hash
 
 BASE = assets() / "base"
 
@@ -31,7 +31,7 @@ def test_stock_pipeline_samples_without_a_cast(pipe: StableDiffusionPipeline) ->
 def test_record_and_sizes(pipe: StableDiffusionPipeline) -> None:
     record = json.loads((BASE / "studio.json").read_text())
     assert record["family"] == "embedded"
-    assert record["sha256"] == weights_hash(BASE)
+    assert record["sha256"] == weights_sha256(BASE)
     assert sum(f.stat().st_size for f in BASE.rglob("*") if f.is_file()) <= 27e6
     assert abs(sum(p.numel() for p in pipe.unet.parameters()) / 1e6 - 8.9) < 0.05
 

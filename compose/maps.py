@@ -1,0 +1,50 @@
+"""Attention maps made ready to be compared: the mean over layers, smoothing, one range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from math import exp
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compose.attention import Map
+
+SIGMA = 0.5
+_EPS = 1e-8
+
+
+def mean_values(maps: Sequence[Map]) -> Tensor:
+    """The mean over layers ``[rows, h * w, S]``; all must have the same cells, as a family's map layers do."""
+    return torch.stack([each.values for each in maps]).mean(0)
+
+
+def mean_map(maps: Sequence[Map]) -> Tensor:
+    """:func:`mean_values` as pictures ``[rows, S, h, w]``."""
+    return mean_values(maps).transpose(1, 2).unflatten(2, maps[0].cells)
+
+
+@cache
+def smoothing_kernel(sigma: float = SIGMA) -> Tensor:
+    """``[3, 3]``, summing to 1. ``exp(-(x / 2 sigma)^2)`` as Attend-and-Excite has it, which is wider than a Gaussian."""
+    line = torch.tensor([exp(-((x / (2 * sigma)) ** 2)) for x in (-1, 0, 1)])
+    line = line / line.sum()
+    return line[:, None] * line[None, :]
+
+
+def smoothed(maps: Tensor, sigma: float = SIGMA) -> Tensor:
+    """``maps [..., h, w]`` with the edges mirrored; sides of at least 2."""
+    kernel = smoothing_kernel(sigma).to(maps)[None, None]
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    return F.conv2d(F.pad(flat, (1, 1, 1, 1), mode="reflect"), kernel).view_as(maps)
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """``[..., D]`` brought to 0..1. Without their common offset, maps of different words are no longer nearly parallel.
+
+    A map that is constant becomes zero.
+    """
+    low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
+    return (maps - low) / (high - low + _EPS)

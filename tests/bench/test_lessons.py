@@ -1,0 +1,76 @@
+"""The measurement of single LoRAs: fair questions, and right counts on pictures whose truth is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from studio.art.atlas import splits
+from studio.art.lessons import look_lesson
+from studio.art.scenes import render
+from tests.bench import lessons
+from tests.bench.combinations import LORAS
+from tests.bench.compose_loras import PICTURES, lesson_of
+from tests.bench.judge import Judge
+from tests.bench.lessons import Question, answers, heldout, questions, shipped, table
+from tests.bench.templates import build_bank, make_keys
+
+
+def test_held_out_subjects_are_new_to_base_testbed_and_examples() -> None:
+    pupils = heldout()
+    assert Counter(taught.role for taught in pupils) == {"subject": 12, "look": 4}
+    assert heldout() == pupils
+    contents = {taught.content for taught in pupils if taught.role == "subject"}
+    assert contents <= set(splits().heldout["concept"])
+    assert not contents & {taught.content for taught in LORAS.values()}
+    assert len({taught.trigger for taught in pupils}) == len(pupils)
+    assert {taught.content for taught in shipped()} <= {taught.content for taught in LORAS.values()}
+
+
+def test_questions_are_none_of_the_lessons() -> None:
+    subject, look = heldout()[0], heldout()[-1]
+    asked = list(questions(subject))
+    assert Counter(question.kind for question in asked) == {"alone": 20, "beside": 10, "kept": 10}
+    assert [q.prompt for q in questions(subject)] == [q.prompt for q in asked]
+    assert all((subject.trigger in question.prompt) is (question.kind != "kept") for question in asked)
+    taught = {item for scene, _ in lesson_of(subject) for item in scene.items}
+    assert not taught & {item for question in asked for item in question.scene.items}
+    learnt = {item.concept for scene, _ in look_lesson(look.content, look.phrase, PICTURES) for item in scene.items}
+    styled = [question for question in questions(look) if question.kind == "look"]
+    assert len(styled) == 40
+    assert not learnt & {question.scene.items[0].concept for question in styled}
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    names = [*splits().named_a, heldout()[0].content]
+    return Judge(bank=build_bank(make_keys(names, looks=(None, "pastel"))))
+
+
+def test_true_pictures_count_and_blank_ones_do_not(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, look = heldout()[0], LORAS["pastel"]
+    for name, few in (("ALONE", 3), ("BESIDE", 2), ("KEPT", 2), ("HOSTS", 2), ("EACH", 2)):
+        monkeypatch.setattr(lessons, name, few)
+
+    def scene_of(pupil: lessons.Taught, prompt: str, seed: int) -> Question:
+        return next(q for q in questions(pupil) if (q.prompt, q.seed) == (prompt, seed))
+
+    true = answers(judge, lambda p, s, _: Image.fromarray(render(scene_of(subject, p, s).scene).image), subject, "file")
+    assert {measure: sum(outcomes) for measure, outcomes in true.items()} == {
+        "subject present": 3,
+        "background right": 3,
+        "present beside a known one": 2,
+        "known subject kept": 2,
+        "known subject, base alone": 2,
+    }
+    looked = answers(judge, lambda p, s, _: Image.fromarray(render(scene_of(look, p, s).scene).image), look, "file")
+    assert sum(looked["look there"]) == sum(looked["subject there"]) == 4
+
+    blank = answers(judge, lambda *_: Image.fromarray(np.full((64, 64, 3), 128, np.uint8)), subject, "file")
+    assert not any(blank["subject present"] + blank["present beside a known one"])
+    page = table({subject.name: true, look.name: looked})
+    assert any(line.startswith("| subject present | 100.0 % |") for line in page)
+    assert any(line.startswith(f"| {look.name} |") and "4/4" in line for line in page)

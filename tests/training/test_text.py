@@ -1,0 +1,59 @@
+"""Captions are read as the stock pipeline reads a prompt, whatever they hold, and once however often they are asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from studio.base import Base, load_base
+from training.batches import Captions
+from training.text import Reader, cut_captions, known_words
+
+LONG = "a frog " * 40
+CAPTIONS = ["a (frog:1.3) BREAK, [on the left]", "", LONG, "a (frog:1.3) BREAK, [on the left]"]
+
+
+def test_states_are_those_of_the_stock_pipeline(base: Base) -> None:
+    read = Reader(base).read_frozen(CAPTIONS)
+    ids = base.tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=base.context_length, return_tensors="pt")
+    with torch.no_grad():
+        states = base.text_encoder(ids.input_ids)[0]
+    assert torch.equal(read.ids, ids.input_ids)
+    torch.testing.assert_close(read.states, states, atol=1e-5, rtol=1e-5)
+    assert read.pooled is None
+    assert not read.states.requires_grad
+
+
+def test_both_encoders_of_sdxl_are_read(tiny_sdxl: object) -> None:
+    base = load_base(str(tiny_sdxl), "cpu")
+    assert base.tokenizer_2 is not None and base.text_encoder_2 is not None
+    read = Reader(base).read_frozen(CAPTIONS)
+    first, second = (
+        words(CAPTIONS, padding="max_length", truncation=True, max_length=base.context_length, return_tensors="pt").input_ids
+        for words in (base.tokenizer, base.tokenizer_2)
+    )
+    with torch.no_grad():
+        one = base.text_encoder(first, output_hidden_states=True)
+        two = base.text_encoder_2(second, output_hidden_states=True)
+    assert read.pooled is not None
+    states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
+    torch.testing.assert_close(read.states, states, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(read.pooled, two.text_embeds, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_captions_by_number(base: Base, keep: bool) -> None:
+    captions = Captions(base, keep)
+    numbers = torch.tensor([captions.number(text) for text in CAPTIONS])
+    assert numbers.tolist() == [0, 1, 2, 0]
+    assert captions.called(numbers) == CAPTIONS
+    picked = captions.states(numbers[[2, 0]])
+    torch.testing.assert_close(picked.states, Reader(base).read_frozen([LONG, CAPTIONS[0]]).states, atol=1e-5, rtol=1e-5)
+    later = captions.number("a caption that comes later")
+    assert len(captions.states(torch.tensor([later])).states) == 1
+
+
+def test_long_captions_and_known_words_are_told(base: Base) -> None:
+    assert cut_captions(base, ["a b", "", LONG]) == [LONG]
+    assert known_words(base, "A b")
+    assert not known_words(base, "a zqx")
