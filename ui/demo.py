@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from studio.art.scenes import Scene
     from ui.sheet import Label, SheetRow
 
-SHIPPED: Mapping[str, str] = {"dog face": "dog-face", "pizza": "pizza"}
+SHIPPED: Mapping[str, str] = {"dog face": "dog-face", "cat face": "cat-face"}
 """Held-out subject -> the shipped LoRA that knows it, in the order they stand in the picture."""
 WEIGHT = 0.8
 """Of each LoRA where two are summed: at full weight each draws its own subject twice."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -238,7 +239,9 @@ def drawer(base: str) -> Draw:
     def draw(prompt: str, seed: int, lora: str | None) -> Image.Image:
         if lora is None and (prompt, seed) in kept:
             return kept[prompt, seed]
-        picture: Image.Image = generate(prompt, base=base, seed=seed, loras=[] if lora is None else [lora]).images[0]
+        # As written: a trigger added to a prompt that is not about the LoRA would draw its subject into it.
+        told: dict[str, Any] = {"base": base, "seed": seed, "loras": [] if lora is None else [lora], "triggers": "keep"}
+        picture: Image.Image = generate(prompt, **told).images[0]
         if lora is None:
             kept[prompt, seed] = picture
         return picture
