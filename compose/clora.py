@@ -142,14 +142,9 @@ class CLoRA(Separate):
         self.masks: Tensor | None = None
         self.history: list[tuple[int, Tensor]] = []
         self.variants = None
-        self.prompts = {}
-        bank = run.bank
-        self.check(bank.adapters if bank is not None else ())
+        bank = self.parted(run)
         if bank is None:
-            self.always = self.concepts = ()
             return
-        self.always = tuple(k for k in bank.active if self.is_always(bank.adapters[k]))
-        self.concepts = tuple(k for k in bank.active if k not in self.always)
         if len(self.concepts) < 2:
             bank.route = self.only(run, self.concepts[0] if self.concepts else None)
             return

@@ -65,11 +65,10 @@ def spell(words: Words, prompt: str) -> Spelling:
 def find(words: Words, prompt: str, phrase: str) -> list[Found]:
     """Every occurrence of ``phrase`` as whole words, in order; capitals and the width of gaps do not matter."""
     spelling = spell(words, prompt)
-    pattern = r"\s+".join(re.escape(word) for word in phrase.split())
-    if not pattern:
+    if not phrase.split():
         return []
     found = []
-    for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", spelling.plain, re.IGNORECASE):
+    for match in re.finditer(whole_words(phrase), spelling.plain, re.IGNORECASE):
         own = [
             column
             for (first, last), column in zip(spelling.spans, spelling.columns, strict=True)
@@ -116,5 +115,10 @@ def with_triggers(prompt: str, adapters: Sequence[Adapter], *, strict: bool = Fa
 
 def says(prompt: str, phrase: str) -> bool:
     """Whether ``phrase`` stands in ``prompt`` as whole words."""
-    pattern = r"\s+".join(re.escape(word) for word in phrase.split())
-    return re.search(rf"(?<!\w){pattern}(?!\w)", parse(prompt).plain, re.IGNORECASE) is not None
+    return re.search(whole_words(phrase), parse(prompt).plain, re.IGNORECASE) is not None
+
+
+def whole_words(phrase: str) -> str:
+    """The regular expression of ``phrase`` as whole words, with gaps of any width."""
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    return rf"(?<!\w){words}(?!\w)"

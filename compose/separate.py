@@ -9,7 +9,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from compose.bank import Adapter
+from compose.bank import Adapter, LoraBank
 from compose.options import names
 from compose.regions import speaking
 from compose.routes import Route, constant, per_row
@@ -51,15 +51,22 @@ class Separate(Method):
         """Whether a LoRA acts in every pass."""
         return bool({*adapter.names} & {*self.options.always})
 
-    def prepare(self, run: Run) -> None:
+    def parted(self, run: Run) -> LoraBank | None:
+        """Check the request and part its LoRAs into ``always`` and ``concepts``; the bank, None when there are no LoRAs."""
         self.prompts = {}
         bank = run.bank
         self.check(bank.adapters if bank is not None else ())
         if bank is None:
             self.always = self.concepts = ()
-            return
+            return None
         self.always = tuple(k for k in bank.active if self.is_always(bank.adapters[k]))
         self.concepts = tuple(k for k in bank.active if k not in self.always)
+        return bank
+
+    def prepare(self, run: Run) -> None:
+        bank = self.parted(run)
+        if bank is None:
+            return
         own_prompts = speaking([bank.adapters[k] for k in bank.active])
         for concept in self.concepts:
             if own_prompts and run.encode is not None:

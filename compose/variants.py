@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compose.bank import Adapter
-from compose.finder import Found, find, spell
+from compose.finder import Found, find, spell, whole_words
 from compose.tokens import Words, one_chunk
 from studio.errors import RequestError
 
@@ -105,11 +105,7 @@ def _told(option: Mapping[str, str], adapter: Adapter) -> str:
 
 def _without(trigger: str, noun: str) -> str:
     """A trigger such as "sks dog" without its noun: what is left can go, and the noun stays."""
-    return re.sub(rf"(?<!\w){_pattern(noun)}(?!\w)", "", trigger, flags=re.IGNORECASE).strip() if noun else trigger
-
-
-def _pattern(phrase: str) -> str:
-    return r"\s+".join(re.escape(word) for word in phrase.split())
+    return re.sub(whole_words(noun), "", trigger, flags=re.IGNORECASE).strip() if noun else trigger
 
 
 def _noun_of(words: Words, prompt: str, name: str, trigger: str, noun: str, taken: set[tuple[int, ...]]) -> int:
@@ -156,7 +152,7 @@ def without(prompt: str, phrase: str) -> str:
             return article + gap
         return article[0] + ("n" if letter in "aeiouAEIOU" else "") + gap
 
-    pattern = rf"(?<!\w)(?:(?P<article>an?)(?P<gap>\s+))?(?<!\w){_pattern(phrase)}(?!\w)[ \t]*(?=(?P<next>\w?))"
+    pattern = rf"(?<!\w)(?:(?P<article>an?)(?P<gap>\s+))?{whole_words(phrase)}[ \t]*(?=(?P<next>\w?))"
     return re.sub(pattern, fitting, prompt, flags=re.IGNORECASE)
 
 

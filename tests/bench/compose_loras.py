@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,8 +84,11 @@ def missing(folder: Path, base_sha256: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if base_of(folder / f"{name}.safetensors") != base_sha256]
 
 
-def check(folder: Path, base_sha256: str, names: Sequence[str]) -> None:
+def check(folder: Path, base_sha256: str, names: Sequence[str], train: str = "tests.bench.compose train --loras") -> None:
     """
+    Args:
+        train: the module and arguments that train into a folder.
+
     Raises:
         RequestError: LoRAs are missing or of another base.
     """
@@ -93,35 +97,38 @@ def check(folder: Path, base_sha256: str, names: Sequence[str]) -> None:
         some = ", ".join(lacking[:4]) + (", ..." if len(lacking) > 4 else "")
         raise RequestError(
             f"{folder} lacks {len(lacking)} LoRAs of this base ({some}): "
-            f"run 'python -m tests.bench.compose train --loras {folder}' first, or name those you have with --only"
+            f"run 'python -m {train} {folder}' first, or name those you have with --only"
         )
 
 
-def teach(name: str, folder: str, base: str, steps: int) -> float:
-    """Train one LoRA into ``folder`` in this process, with one thread; seconds."""
+def teach_one(taught: Taught, folder: Path, base: str, **chosen: Any) -> float:
+    """Train ``taught`` into ``folder`` in this process, with one thread and the trainer's options ``chosen``; seconds."""
     import torch
 
     torch.set_num_threads(1)
     from training.concept import train_concept
     from training.config import make_config
 
-    taught, out = LORAS[name], Path(folder)
-    config = make_config(
-        data=write_lesson(lesson_of(taught), out / "lessons" / name),
-        output=out / f"{name}.safetensors",
-        base=base,
-        kind="style" if taught.role in ("look", "background") else "concept",
-        trigger=taught.trigger,
-        class_word=taught.class_word,
-        steps=steps,
+    settings = {
+        "data": write_lesson(lesson_of(taught), folder / "lessons" / taught.name),
+        "output": folder / f"{taught.name}.safetensors",
+        "base": base,
+        "kind": "style" if taught.role in ("look", "background") else "concept",
+        "trigger": taught.trigger,
+        "class_word": taught.class_word,
         # A look must reach everything the base knows; all others should leave the rest of the picture alone.
-        prior="none" if taught.role == "look" else "consistency",
-        prior_batch=None if taught.role == "look" else PRIOR_ROWS,
-        checkpoint_every=0,
-        restart=True,
-        device="cpu",
-    )
-    return train_concept(config, progress=lambda progress: None).seconds
+        "prior": "none" if taught.role == "look" else "consistency",
+        "checkpoint_every": 0,
+        "restart": True,
+        "device": "cpu",
+    }
+    return train_concept(make_config(**settings | chosen), progress=lambda progress: None).seconds
+
+
+def teach(name: str, folder: str, base: str, steps: int) -> float:
+    """Train one LoRA of the testbed; seconds."""
+    taught = LORAS[name]
+    return teach_one(taught, Path(folder), base, steps=steps, prior_batch=None if taught.role == "look" else PRIOR_ROWS)
 
 
 def teach_all(

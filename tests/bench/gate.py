@@ -29,7 +29,7 @@ from studio.errors import FileError
 from tests.bench.judge import TAU, Judge, Judgement, Wanted, vae_roundtrip, wanted_of
 from tests.bench.page import replace_section
 from tests.bench.sheets import contact_sheet, save_sheet
-from tests.bench.statistics import Rate, rate
+from tests.bench.statistics import Rate, rate, rate_table
 
 BARS = {
     "a": {"singles: all present, right style and place": 80, "pairs: all present, right style and place": 40},
@@ -190,7 +190,7 @@ def measure(
 
 def write_report(page: Path, given: argparse.Namespace, rates: dict[str, Rate]) -> None:
     """Put the rates beside their bars, and both sheets, into the section of this gate on ``page``."""
-    tier, bars = given.tier, BARS[given.tier]
+    tier = given.tier
     command = f"--base {given.base} --tier {tier} --n {given.n} --seed {given.seed} --out DIR --report {page}"
     lines = [
         f"## The base model: gate {tier.upper()}",
@@ -200,12 +200,8 @@ def write_report(page: Path, given: argparse.Namespace, rates: dict[str, Rate]) 
         f"Base `{base_sha256(given.base)[:12]}`, {24 if tier == 'a' else 48} named subjects x 3 art styles x {len(BASE)} "
         f"backgrounds, drawn at random; {given.steps} steps, guidance {given.guidance:g}; half singles, half pairs.",
         "",
-        "| | rate | 95 % interval | n | bar |",
-        "|---|---|---|---|---|",
+        *rate_table(rates, BARS[tier]),
     ]
-    for name, value in rates.items():
-        middle, low, high = (f"{100 * share:.1f}" for share in (value.value, value.low, value.high))
-        lines.append(f"| {name} | {middle} % | {low} - {high} | {value.n} | {bars.get(name, '')} |")
     pictures = page.parent / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     lines.append("")

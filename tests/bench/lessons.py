@@ -32,10 +32,10 @@ from studio.art.looks import brings_background
 from studio.art.scenes import Scene, sample_scene
 from tests.bench.combinations import LORAS, STYLE, Taught
 from tests.bench.compose_judge import look_verdict
-from tests.bench.compose_loras import PICTURES, check, lesson_of, teach_all
+from tests.bench.compose_loras import PICTURES, check, teach_all, teach_one
 from tests.bench.judge import Judge, Wanted, vae_roundtrip
 from tests.bench.page import replace_section
-from tests.bench.statistics import Rate, rate
+from tests.bench.statistics import Rate, rate, rate_table
 from tests.bench.templates import build_bank, default_cache, make_keys
 
 ALONE, BESIDE, KEPT = 20, 10, 10
@@ -138,11 +138,8 @@ def answers(judge: Judge, draw: Draw, taught: Taught, file: str) -> dict[str, li
 def table(found: dict[str, dict[str, list[bool]]]) -> list[str]:
     """Markdown: all LoRAs together with intervals, then each by itself."""
     measures = list(dict.fromkeys(measure for one in found.values() for measure in one))
-    lines = ["| | rate | 95 % interval | n | bar |", "|---|---|---|---|---|"]
-    for measure in measures:
-        every = rate([outcome for one in found.values() for outcome in one.get(measure, ())])
-        low, high = f"{100 * every.low:.1f}", f"{100 * every.high:.1f}"
-        lines.append(f"| {measure} | {100 * every.value:.1f} % | {low} - {high} | {every.n} | {BARS.get(measure, '')} |")
+    together = {m: rate([outcome for one in found.values() for outcome in one.get(m, ())]) for m in measures}
+    lines = rate_table(together, BARS)
     lines += ["", f"| LoRA | {' | '.join(measures)} |", f"|---|{'---|' * len(measures)}"]
     for name, one in found.items():
         cells = [_cell(rate(one[measure])) if measure in one else "" for measure in measures]
@@ -155,35 +152,10 @@ def _cell(value: Rate) -> str:
 
 
 def teach(name: str, folder: str, base: str, steps: int, prior: str | None = None) -> float:
-    """Train one held-out LoRA with the trainer's defaults, in this process with one thread; seconds."""
-    import torch
-
-    from studio.art.lessons import write_lesson
-    from training.concept import train_concept
-    from training.config import make_config
-
-    torch.set_num_threads(1)
-    taught, out = next(taught for taught in heldout() if taught.name == name), Path(folder)
-    chosen = {"steps": steps} if steps else {}
-    config = make_config(
-        data=write_lesson(lesson_of(taught), out / "lessons" / name),
-        output=out / f"{name}.safetensors",
-        base=base,
-        kind="style" if taught.role == "look" else "concept",
-        trigger=taught.trigger,
-        class_word=taught.class_word,
-        prior=prior or default_prior(taught),
-        checkpoint_every=0,
-        restart=True,
-        device="cpu",
-        **chosen,
-    )
-    return train_concept(config, progress=lambda progress: None).seconds
-
-
-def default_prior(taught: Taught) -> str:
-    """As for the shipped LoRAs: a look must reach everything the base knows, a subject should leave it alone."""
-    return "none" if taught.role == "look" else "consistency"
+    """Train one held-out LoRA with the trainer's defaults; seconds."""
+    taught = next(taught for taught in heldout() if taught.name == name)
+    chosen = {"steps": steps or None, "prior": prior}
+    return teach_one(taught, Path(folder), base, **{key: value for key, value in chosen.items() if value is not None})
 
 
 def main() -> None:
@@ -210,7 +182,8 @@ def main() -> None:
         lesson = partial(teach, prior=given.prior)
         teach_all(given.out, given.base, base.sha256, names, given.jobs, given.steps, teach=lesson)
         return
-    check(folder, base.sha256, names)
+    train = "training.base loras --out" if given.shipped else "tests.bench.lessons train --out"
+    check(folder, base.sha256, names, train)
     # A look is taught in all art styles at once and may come back in any.
     looks = tuple(taught.content for taught in pupils if taught.role == "look")
     keys = make_keys(None) + make_keys(splits().named, tuple(STYLES), looks)

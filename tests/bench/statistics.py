@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,15 @@ def rate(outcomes: Sequence[bool]) -> Rate:
     """The share of true outcomes with its interval."""
     hits, n = sum(map(bool, outcomes)), len(outcomes)
     return Rate(hits, n, *wilson(hits, n))
+
+
+def rate_table(rates: Mapping[str, Rate], bars: Mapping[str, float]) -> list[str]:
+    """Lines of markdown: every rate with its interval, beside its bar in per cent where it has one."""
+    lines = ["| | rate | 95 % interval | n | bar |", "|---|---|---|---|---|"]
+    for name, each in rates.items():
+        middle, low, high = (f"{100 * share:.1f}" for share in (each.value, each.low, each.high))
+        lines.append(f"| {name} | {middle} % | {low} - {high} | {each.n} | {bars.get(name, '')} |")
+    return lines
 
 
 @dataclass(frozen=True)
