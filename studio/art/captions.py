@@ -70,11 +70,21 @@ def _subject(
 
 
 def compose_caption(
-    subjects: list[tuple[str, str]], style: str | None, background: str | None, rng: np.random.Generator | None = None
+    subjects: list[tuple[str, str]],
+    style: str | None,
+    background: str | None,
+    rng: np.random.Generator | None = None,
+    *,
+    place_first: bool | None = None,
 ) -> str:
-    """Put ``(noun phrase, place)`` pairs, a style and a background phrase (either may be left out) into one sentence."""
+    """Put ``(noun phrase, place)`` pairs, a style and a background phrase (either may be left out) into one sentence.
+
+    Args:
+        rng: draws whether places stand before their nouns, and the background before all; None: neither does.
+        place_first: not drawn, but so.
+    """
     before: Callable[[], bool] = (lambda: bool(rng.random() < 0.5)) if rng else (lambda: False)
-    place_first = before()
+    place_first = before() if place_first is None else place_first
     parts = []
     for noun, place in subjects:
         where = f"on the {place}"

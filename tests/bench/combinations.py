@@ -153,7 +153,10 @@ def third_of(box: Box) -> str:
 
 
 def prompt_of(case: Case, stand_ins: dict[str, str] | None = None) -> str:
-    """What is asked for in words. ``stand_ins``: other nouns for some concepts."""
+    """What is asked for in words. ``stand_ins``: other nouns for some concepts.
+
+    Places come first, as users are told to have it: a causal text encoder cannot tell a noun of a place that follows it.
+    """
     accessory, look, paper = case.one("accessory"), case.one("look"), case.one("background")
     phrases = {t.content: t.phrase for t in case.of("subject", "object")} | (stand_ins or {})
     subjects = []
@@ -163,7 +166,7 @@ def prompt_of(case: Case, stand_ins: dict[str, str] | None = None) -> str:
             noun += f" wearing {article(accessory.phrase)}"
         subjects.append((article(noun), place or "center"))
     background = paper.phrase if paper else PHRASES[case.background] if case.background else None
-    return compose_caption(subjects, look.phrase if look else STYLES[STYLE][0], background)
+    return compose_caption(subjects, look.phrase if look else STYLES[STYLE][0], background, place_first=True)
 
 
 def scene_of(case: Case) -> Scene:

@@ -29,6 +29,7 @@ from tests.bench.compose_judge import Seen, make_judge, seen
 from tests.bench.compose_loras import STEPS, check, teach_all
 from tests.bench.compose_report import report
 from tests.bench.compose_rows import (
+    GROUPS,
     ROWS,
     Count,
     Options,
@@ -91,13 +92,17 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """Which part of everything: rows, kinds of combinations, the first ``limit`` of each, LoRAs at hand, pictures of each."""
+    """Which part of everything: rows, kinds of combinations, the first ``limit`` of each, LoRAs at hand, pictures of each.
+
+    ``tries``: pictures of each combination when candidates are chosen among.
+    """
 
     rows: Sequence[Row]
     kinds: Sequence[str] = EVERY
     limit: int = 1000
     only: frozenset[str] = frozenset(LORAS)
     pictures: int = 2
+    tries: int = 1
 
     def cases(self, half: Half, kind: str) -> list[Case]:
         found = single_cases() if kind == "single" else cases(half, kind)  # type: ignore[arg-type]
@@ -144,10 +149,11 @@ class Bench:
 
     def wishes(self, rows: Sequence[Row], half: Half, kind: str) -> Iterator[Wish]:
         """All rows of one combination before the next, so that a run cut short has whole lines."""
+        count = self.scope.pictures if half == "report" else self.scope.tries
         for case in self.scope.cases(half, kind):
             for row in rows:
                 if fits(row, case):
-                    for index in range(1 if row.source == "truth" else self.scope.pictures):
+                    for index in range(1 if row.source == "truth" else count):
                         yield self.wish(row, case, case.seed + index)
 
     def make(self, wishes: Sequence[Wish]) -> None:
@@ -207,14 +213,19 @@ class Bench:
         for kind in self.scope.kinds:
             rows = [row for row in self.scope.rows if kind in row.kinds]
             settled: list[Row] = []
+            best: dict[str, Options | None] = {}
             for row in rows:
-                options: Options | None = {}
-                if row.candidates:
-                    options = self.chosen(row, kind, make)
-                    if options is not None:
-                        choices[kind] = f"{choices[kind]}; {row.at(options).name}" if kind in choices else row.at(options).name
+                whole = ROWS[row.part_of] if row.part_of else row
+                if whole.name not in best:
+                    best[whole.name] = self.chosen(whole, kind, make) if whole.candidates else {}
+                options = best[whole.name]
                 if options is not None:
-                    settled.append(replace(row, options={**row.options, **options}))
+                    settled.append(replace(row, options={**whole.options, **options, **row.options}))
+            told = [
+                ROWS[name].at(options).name for name, options in best.items() if options is not None and ROWS[name].candidates
+            ]
+            if told:
+                choices[kind] = "; ".join(told)
             wishes = list(self.wishes(settled, "report", kind))
             if make:
                 self.say(f"{kind}: {len(wishes)} pictures")
@@ -320,10 +331,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("outputs/testbed"))
     made.add_argument("--cache", type=Path, help="folder for the judge's templates (default: --out)")
     made.add_argument("--only", help="LoRAs at hand, with commas: only combinations of these")
-    made.add_argument("--methods", help=f"rows, with commas, of {', '.join(ROWS)}")
+    made.add_argument("--methods", help=f"rows, with commas, of {', '.join((*GROUPS, *ROWS))}")
     made.add_argument("--kinds", help=f"of {', '.join(EVERY)}")
     made.add_argument("--limit", type=int, default=1000, help="combinations of each kind and half")
     made.add_argument("--pictures", type=int, default=2, help="seeds of each combination")
+    made.add_argument("--tries", type=int, default=1, help="seeds of each combination when options are chosen")
     made.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     made.add_argument("--steps", type=int, default=STEPS, help="of a training")
     made.add_argument("--report", type=Path, help="page whose section is replaced; its pictures go beside it")
@@ -332,10 +344,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> None:
     only = names_of(given.only, list(LORAS), "LoRA") or list(LORAS)
-    rows = rows_named(names_of(given.methods, list(ROWS), "row"))
+    rows = rows_named(names_of(given.methods, [*GROUPS, *ROWS], "row"))
     kinds = names_of(given.kinds, EVERY, "kind") or list(EVERY)
-    if min(given.limit, given.pictures, given.jobs, given.steps) < 1:
-        raise RequestError("--limit, --pictures, --jobs and --steps must be at least 1")
+    if min(given.limit, given.pictures, given.tries, given.jobs, given.steps) < 1:
+        raise RequestError("--limit, --pictures, --tries, --jobs and --steps must be at least 1")
     if given.what == "train":
         from studio.base import load_base
 
@@ -346,7 +358,7 @@ def run(given: argparse.Namespace) -> None:
     means = real_means(given.base, given.loras, only, given.cache or given.out, judging=given.what != "report")
     if given.what == "run" and any(row.method == "cmlora" for row in rows):
         profile(given.base, given.loras, only)
-    scope = Scope(rows=rows, kinds=kinds, limit=given.limit, only=frozenset(only), pictures=given.pictures)
+    scope = Scope(rows=rows, kinds=kinds, limit=given.limit, only=frozenset(only), pictures=given.pictures, tries=given.tries)
     bench = Bench(means, scope, given.out, say)
     if given.what == "judge":
         bench.look_again()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.bench.combinations import all_cases, single_cases
+from tests.bench.compose_rows import ROWS
 from tests.bench.compose_store import Record, Store
 from tests.bench.compose_table import (
     TITLES,
@@ -13,6 +14,7 @@ from tests.bench.compose_table import (
     group_table,
     main_table,
     pair_table,
+    parts_table,
     place_table,
     role_table,
     save_webp,
@@ -62,8 +64,10 @@ def report(
     chosen = "".join(f"; {kind}: {text}" for kind, text in choices.items())
     lines = [INTRO.format(taught=8, shown=shown, pictures=pictures, chosen=chosen, base=base[:12], tau=TAU)]
     for kind in kinds:
-        rows = found[kind]
+        every_row = found[kind]
+        rows = {name: records for name, records in every_row.items() if not ROWS[name].part_of}
         lines += [f"### {TITLES[kind]}", "", *main_table(rows, every, rates), *pair_table(rows), *gap_table(rows, every, rates)]
+        lines += parts_table(every_row)
         lines += group_table(kind, rows, every, "present") + group_table(kind, rows, every, "fails")
         lines += place_table(rows) if kind == "subjects" else role_table(rows)
         met = {record.case for records in rows.values() for record in records}

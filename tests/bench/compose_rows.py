@@ -32,6 +32,8 @@ class Row:
         kinds: of combinations it is made on.
         candidates: options to choose from on the development half.
         like: the row whose computing time this one gets, by taking fewer steps.
+        part_of: the row that this one is but for its options, which are laid over those chosen for it. Such a row shows what
+            a part of a method is worth, and stands in a table of its own.
     """
 
     name: str
@@ -42,14 +44,53 @@ class Row:
     kinds: tuple[str, ...] = ("subjects", "others")
     candidates: tuple[Options, ...] = ()
     like: str = ""
+    part_of: str = ""
 
     def at(self, options: Options) -> Row:
         """This row with one of its candidates, under a name of its own."""
-        name = ", ".join(f"{key} {value}" for key, value in options.items())
+        name = ", ".join(f"{key} {value}" for key, value in options.items()) or "as it is"
         return Row(f"{self.name} ({name})", self.method, {**self.options, **options}, self.boxes, self.source, self.kinds)
 
 
 MERGE_WEIGHTS: tuple[Options, ...] = tuple({"weight": weight} for weight in (0.4, 0.55, 0.7, 0.85, 1.0, "1/K"))
+FOUND: Options = {"masks": "winner", "threshold": 0.4}
+"""CLoRA's masks where the maps of a small base overlap: each place to the subject that is loudest there."""
+UNIT: Options = {"unit": "noise"}
+FEW: tuple[Literal["subjects", "others"], ...] = ("subjects",)
+
+
+def _part(name: str, of: Row, **options: Any) -> Row:
+    return Row(name, of.method, options, of.boxes, kinds=of.kinds, part_of=of.name)
+
+
+_CMLORA = Row("cmlora", "cmlora")
+_CLORA = Row(
+    "clora",
+    "clora",
+    kinds=FEW,
+    candidates=(
+        {},
+        FOUND,
+        {**FOUND, **UNIT, "step": 0.03},
+        {**FOUND, **UNIT, "step": 0.08},
+        {**FOUND, **UNIT, "step": 0.03, "mask_after": 0.15},
+        {**FOUND, **UNIT, "step": 0.03, "morphology": "dilate"},
+    ),
+)
+_COMPOSER = Row(
+    "lora-composer",
+    "lora-composer",
+    boxes=True,
+    kinds=FEW,
+    candidates=(
+        {},
+        {"step": 2},
+        {"step": 10},
+        {"replace": 0.7},
+        {"window": [0, 0.6]},
+        {"isolation": False},
+    ),
+)
 
 ROWS: dict[str, Row] = {
     row.name: row
@@ -62,33 +103,89 @@ ROWS: dict[str, Row] = {
         Row("switch", "switch"),
         Row("composite", "composite"),
         Row("composite-short", "composite", like="cmlora"),
-        Row("cmlora", "cmlora"),
-        Row("attend", "attend", kinds=("subjects",)),
-        Row("clora", "clora", kinds=("subjects",)),
-        Row("masked-found", "masked", kinds=("subjects",)),
-        Row("masked", "masked", boxes=True, kinds=("subjects",)),
-        Row("regional", "regional", boxes=True, kinds=("subjects",)),
-        Row("lora-composer", "lora-composer", boxes=True, kinds=("subjects",)),
+        _CMLORA,
+        Row(
+            "attend",
+            "attend",
+            kinds=FEW,
+            candidates=(
+                {},
+                {"step": 5},
+                {**UNIT, "step": 0.03},
+                {**UNIT, "step": 0.1},
+                {**UNIT, "step": 0.1, "inner": {"weight": 0.7}},
+                {**UNIT, "step": 0.1, "method": "switch"},
+            ),
+        ),
+        Row("clora-paper", "clora", kinds=FEW),
+        _CLORA,
+        Row(
+            "masked-found",
+            "masked",
+            kinds=FEW,
+            candidates=({}, {"threshold": 0}, {"threshold": 0.3}, {"seeds": 0.05}, {"find": 0.5}, {"isolation": True}),
+        ),
+        Row(
+            "masked",
+            "masked",
+            boxes=True,
+            kinds=FEW,
+            candidates=({}, {"isolation": True}, {"prompt": "local"}, {"prompt": "whole"}),
+        ),
+        Row(
+            "regional",
+            "regional",
+            boxes=True,
+            kinds=FEW,
+            candidates=({}, {"feather": 0.0}, {"feather": 0.06}, {"feather": 0.25}, {"prompt": "local"}),
+        ),
+        Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
+        _COMPOSER,
+        _part("cmlora-reversed", _CMLORA, order="reversed"),
+        _part("cmlora-random", _CMLORA, order="random"),
+        _part("cmlora-rotation", _CMLORA, order="rotation"),
+        _part("cmlora-equal", _CMLORA, dominance=1),
+        _part("cmlora-uncached", _CMLORA, cache=False),
+        _part("cmlora-renewed", _CMLORA, max_age=3),
+        _part("clora-unguided", _CLORA, step=0),
+        _part("clora-unmasked", _CLORA, mask_after=1),
+        _part("composer-unguided", _COMPOSER, step=0),
+        _part("composer-open", _COMPOSER, isolation=False),
+        _part("composer-own-noise", _COMPOSER, reinit=False),
+        _part("composer-cross-only", _COMPOSER, injection="cross_kv_out"),
+        _part("composer-leaky", _COMPOSER, leak=0),
+        _part("composer-unfilled", _COMPOSER, fill=0),
     )
 }
 
-USUAL = ("truth", "known", "floor", "single", "merge", "switch", "composite", "composite-short", "cmlora")
+USUAL = tuple(name for name, row in ROWS.items() if not row.part_of)
 """The rows of a run that names none."""
-PAIRS = (("cmlora", "composite"), ("cmlora", "switch"), ("cmlora", "composite-short"))
+GROUPS = {"usual": USUAL, "parts": tuple(name for name, row in ROWS.items() if row.part_of)}
+"""Names for several rows."""
+PAIRS = (
+    ("cmlora", "composite"),
+    ("cmlora", "switch"),
+    ("cmlora", "composite-short"),
+    ("clora", "attend"),
+    ("clora", "masked-found"),
+    ("lora-composer", "masked"),
+    ("lora-composer", "regional"),
+)
 """Differences that get a table of their own, beside each method's to the merge."""
 REFERENCE = "merge"
 
 
 def rows_named(names: Sequence[str]) -> list[Row]:
-    """The rows called so, in the order of the table; none: the usual ones.
+    """The rows called so, or in the groups called so, in the order of the table; none: the usual ones.
 
     Raises:
         UnknownNameError: no such row.
     """
-    for name in names:
+    wanted = [row for name in names or ("usual",) for row in GROUPS.get(name, (name,))]
+    for name in wanted:
         if name not in ROWS:
-            raise UnknownNameError("row", name, ROWS)
-    return [row for row in ROWS.values() if row.name in (names or USUAL)]
+            raise UnknownNameError("row", name, (*GROUPS, *ROWS))
+    return [row for row in ROWS.values() if row.name in wanted]
 
 
 def request_of(row: Row, case: Case, base: str, seed: int, steps: int | None = None) -> GenerateRequest:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.bench.combinations import LORAS, Case, Role, slot_of
 from tests.bench.compose_layouts import touching
-from tests.bench.compose_rows import PAIRS, REFERENCE
+from tests.bench.compose_rows import PAIRS, REFERENCE, ROWS
 from tests.bench.compose_store import Record, Store
 from tests.bench.sheets import contact_sheet
 from tests.bench.statistics import Difference, Rate, paired_bootstrap, rate
@@ -188,6 +188,25 @@ def pair_table(rows: Rows) -> list[str]:
         if a in rows and b in rows:
             lines.append([f"{a} - {b}", *(points(paired(rows[a], rows[b], present, part[0])) for part in parts)])
     return table(["present, points", *(name for _, name in parts)], lines) if lines else []
+
+
+def parts_table(rows: Rows) -> list[str]:
+    """What each part of a method is worth: the method with that part changed, minus the method."""
+    lines = []
+    for name, records in rows.items():
+        whole = ROWS[name].part_of
+        if whole in rows:
+            against, passing = paired(records, rows[whole], present), paired(records, rows[whole], passes)
+            cost = [fmean(r.forwards for r in side) for side in (records, rows[whole])]
+            told = ", ".join(f"{key} {value}" for key, value in ROWS[name].options.items())
+            lines.append([f"{whole}, {told}", points(against), points(passing), f"{cost[0]:.1f} / {cost[1]:.1f}"])
+    header = [
+        "changed part",
+        "present: minus the whole, points",
+        "pictures that pass: minus the whole, points",
+        "forwards: it / the whole",
+    ]
+    return table(header, lines) if lines else []
 
 
 def gap_closed(method: Sequence[Record], reference: Sequence[Record], top: Mapping[str, float], resamples: int = 4000) -> str:

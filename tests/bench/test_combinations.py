@@ -79,7 +79,7 @@ def test_prompts_name_every_trigger_once_and_no_taught_thing() -> None:
         words = prompt_of(case).replace(",", "").split()
         assert all(words.count(LORAS[name].trigger) == 1 for name in case.loras), case.id
         assert not case.background or case.background in BASE
-    assert prompt_of(all_cases()[0]).startswith("a 3d render of a")
+    assert prompt_of(all_cases()[0]).startswith("a 3d render, on the left a")
 
 
 def test_a_look_with_its_own_paper_meets_no_background() -> None:

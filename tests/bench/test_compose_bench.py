@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from compose import method_named
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.requests import GenerateRequest
 from tests.bench import combinations as world
@@ -76,6 +77,18 @@ def test_the_best_candidate_passes_most_and_then_shows_most() -> None:
     assert best_candidate(row, [(0.4, 0.5), (0.4, 0.5), (0.1, 1.0)]) == {"weight": 1}
 
 
+def test_every_row_and_candidate_is_a_request_its_method_takes() -> None:
+    case = cases("report", "subjects")[0]
+    for row in ROWS.values():
+        for options in row.candidates or ({},):
+            asked = request_of(row.at(options), case, "embedded", 1)
+            method_named(asked.method, **asked.options)
+    whole = {row.part_of for row in ROWS.values()} - {""}
+    assert whole == {"cmlora", "clora", "lora-composer"}
+    assert {row.name for row in rows_named(["parts", "merge"])} > {"merge", "clora-unguided"}
+    assert "clora-unguided" not in {row.name for row in rows_named([])}
+
+
 # --- runs
 
 
@@ -125,7 +138,7 @@ def test_a_run_chooses_on_development_and_is_not_repeated(tmp_path: Path) -> Non
     assert all(record.passes() for record in found["subjects"]["merge"])
     assert {record.half for record in found["subjects"]["merge"]} == {"report"}
     made = len(fakes.drawn)
-    assert made == 6 * 4 + 3 * 4
+    assert made == 6 * 2 + 3 * 4
     again, _ = Bench(fakes.means(), scope, tmp_path, quiet).go()
     assert len(fakes.drawn) == made
     assert again == found
