@@ -26,6 +26,7 @@ from compose.routes import constant
 from compose.run import Method, Run, Step
 from compose.text import Reading, encode_pair
 from studio.errors import FileError
+from studio.files import whole
 from studio.hashes import cache_folder
 
 if TYPE_CHECKING:
@@ -87,13 +88,8 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
-        fresh = path.with_name(path.name + ".new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as fresh:
             fresh.write_text(json.dumps(asdict(self), indent=1), "utf-8")
-            fresh.replace(path)
-        except OSError as error:
-            raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class Solo(Method):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from studio.errors import FileError, RequestError
+from studio.files import whole
 from studio.hashes import auto_v3, sha256_of
 from studio.infotext import parse
 from studio.lora.card import a1111_notes, card
@@ -134,13 +134,6 @@ def _png(picture: Image.Image, parameters: str) -> bytes:
 
 def _write(target: Path, parts: dict[str, bytes]) -> None:
     """The archive, whole or not at all."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(fresh, "w") as archive:
-            for name, data in parts.items():
-                archive.writestr(zipfile.ZipInfo(name, NO_DATE), data, zipfile.ZIP_STORED)
-        fresh.replace(target)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise FileError(f"cannot write {target}: {error.strerror or error}") from error
+    with whole(target) as fresh, zipfile.ZipFile(fresh, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(zipfile.ZipInfo(name, NO_DATE), data, zipfile.ZIP_STORED)

@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from studio.errors import FileError
+from studio.files import whole
 
 MODEL_DIGITS = 10
 """A1111's ``Model hash``: so many first digits of the file's SHA-256."""
@@ -70,10 +72,5 @@ def _remembered(path: Path) -> dict[str, str]:
 
 def _write_quietly(path: Path, text: str) -> None:
     """Write a cache file; a read-only home only costs time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(FileError), whole(path) as fresh:
         fresh.write_text(text, "utf-8")
-        fresh.replace(path)
-    except OSError:
-        return

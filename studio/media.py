@@ -6,9 +6,7 @@ Media tensors are ``[B, F, C, H, W]`` in 0..1; latents are as diffusers has them
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from studio.errors import FileError, NumericsError, RequestError
+from studio.files import whole
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -95,18 +94,8 @@ def save_png(path: Path, image: Image.Image, request: Mapping[str, Any], paramet
     texts = PngInfo()
     texts.add_text(A1111_CHUNK, parameters)
     texts.add_text(CHUNK, json.dumps(request, ensure_ascii=False))
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as stream:
-            image.save(stream, "PNG", pnginfo=texts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            fresh.unlink()
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+    with whole(path) as fresh:
+        image.save(fresh, "PNG", pnginfo=texts)
 
 
 @dataclass(frozen=True)

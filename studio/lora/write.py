@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -19,7 +17,8 @@ import torch
 from torch import Tensor
 
 from studio.embeddings import token_tensors
-from studio.errors import FileError, LoraFileError, LoraValuesError, RequestError
+from studio.errors import LoraFileError, LoraValuesError, RequestError
+from studio.files import whole
 from studio.lora.alphas import METADATA_KEY
 from studio.lora.assemble import info_of
 from studio.lora.header import checked_metadata
@@ -79,7 +78,8 @@ def save_lora(
     tensors |= words
     stored = {key: _storable(key, tensor, dtype, target.name) for key, tensor in tensors.items()}
     written = _described(lora, layout, family, {**lora.metadata, **(metadata or {}), **named}, target.name)
-    _write_atomically(target, _serialised(stored, written))
+    with whole(target) as fresh:
+        fresh.write_bytes(_serialised(stored, written))
     return target
 
 
@@ -230,22 +230,3 @@ def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text + bare[end:]
-
-
-def _write_atomically(target: Path, data: bytes) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".part")
-    except OSError as error:
-        raise FileError(f"cannot write into the folder {target.parent}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise FileError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from studio.files import whole
 from tests.bench.compose_judge import Seen
 
 
@@ -65,10 +66,8 @@ class Store:
     def add(self, record: Record, image: Image.Image) -> None:
         """Keep a picture, then its line."""
         path = self.picture(record.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        image.save(fresh, format="PNG")
-        fresh.replace(path)
+        with whole(path) as fresh:
+            image.save(fresh, format="PNG")
         torn = self.file.is_file() and self.file.stat().st_size > 0 and not self.file.read_bytes().endswith(b"\n")
         with self.file.open("a", encoding="utf-8") as out:
             out.write(("\n" if torn else "") + json.dumps(asdict(record)) + "\n")
@@ -79,9 +78,8 @@ class Store:
     def rewrite(self, records: Iterable[Record]) -> None:
         """Replace all lines at once."""
         self.records = {record.key: record for record in records}
-        fresh = self.file.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.records.values()), "utf-8")
-        fresh.replace(self.file)
+        with whole(self.file) as fresh:
+            fresh.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.records.values()), "utf-8")
 
 
 def read(file: Path) -> list[Record]:

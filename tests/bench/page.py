@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from studio.errors import FileError
+from studio.files import whole
 
 
 def replace_section(page: Path, section: str, mark: str) -> None:
@@ -22,7 +23,5 @@ def replace_section(page: Path, section: str, mark: str) -> None:
         text = text[: text.index(begin)] + new + text[text.index(end) + len(end) :]
     else:
         text = f"{text.rstrip()}\n\n{new}\n".lstrip()
-    page.parent.mkdir(parents=True, exist_ok=True)
-    fresh = page.with_suffix(".new")
-    fresh.write_text(text, "utf-8")
-    fresh.replace(page)
+    with whole(page) as fresh:
+        fresh.write_text(text, "utf-8")

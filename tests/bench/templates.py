@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from studio.art import atlas, looks
 from studio.art.atlas import STYLES, atlas_dir, concepts, known, sized
 from studio.art.looks import apply_look
+from studio.files import whole
 from studio.hashes import cache_folder
 
 SIZES = (22, 24, 27, 29, 32)
@@ -198,10 +198,8 @@ def _cached(keys: Sequence[Key], roundtrip: VaeRoundTrip, group: bool, folder: P
     rgba, twins = _made(keys, roundtrip, group)
     parts = {str(size): part.numpy() for size, part in zip(SIZES, rgba, strict=True)}
     parts["twins"] = np.array(json.dumps([(one, sorted(others)) for one, others in sorted(twins.items())]))
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{path.stem}.{os.getpid()}.npz"
-    np.savez_compressed(fresh, **parts)  # type: ignore[arg-type]
-    fresh.replace(path)
+    with whole(path) as fresh, fresh.open("wb") as stream:
+        np.savez_compressed(stream, **parts)  # type: ignore[arg-type]
     return rgba, twins
 
 
