@@ -7,7 +7,7 @@ twice; the columns count the begin token of each chunk.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,6 +90,21 @@ def locate(words: Words, prompt: str, phrase: str, occurrence: int = 0) -> Found
     if occurrence >= len(every):
         raise RequestError(f"'{phrase}' stands {len(every)} times in the prompt '{prompt}', not {occurrence + 1} times")
     return every[occurrence]
+
+
+def noun_of(nouns: Sequence[Found], trigger: Found | None, taken: Collection[Found] = ()) -> Found | None:
+    """Which occurrence of its noun is that of a trigger: the first that begins with it or later, else the last before it.
+
+    Args:
+        nouns: all occurrences, in order. trigger: None: not said, the first noun is meant. taken: those of other LoRAs.
+
+    Returns:
+        None where all are taken, or there is none.
+    """
+    free = [one for one in nouns if one.columns and one not in taken]
+    start = trigger.columns[0] if trigger is not None and trigger.columns else 0
+    after = [one for one in free if one.columns[0] >= start]
+    return after[0] if after else free[-1] if free else None
 
 
 def with_triggers(prompt: str, adapters: Sequence[Adapter], *, strict: bool = False) -> tuple[str, list[str]]:

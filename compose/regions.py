@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compose.finder import find, says, spell, with_triggers
+from compose.finder import Found, find, noun_of, says, spell, with_triggers
 from compose.plan import Box, Regions, RegionText
 from compose.routes import Placed, constant, spatial
 from compose.run import Run, joined
@@ -252,16 +252,15 @@ def targets_of(words: Words, prompt: str, own: Sequence[Adapter], *, strict: boo
     Raises:
         RequestError: the prompt is empty; or ``strict``, and it has none of these words.
     """
-    found: list[tuple[int, ...]] = []
+    found: list[Found] = []
     for adapter in own:
-        after = 0
-        for word in (adapter.lora.trigger, adapter.lora.class_word):
-            every = [one.columns for one in find(words, prompt, word) if one.columns and one.columns[0] >= after]
-            if every and not any(set(every[0]) <= set(known) for known in found):
-                found.append(every[0])
-                after = every[0][-1]
+        trigger = noun_of(find(words, prompt, adapter.lora.trigger), None)
+        noun = noun_of(find(words, prompt, adapter.lora.class_word), trigger, found)
+        for one in (trigger, noun):
+            if one is not None and not any(set(one.columns) <= set(known.columns) for known in found):
+                found.append(one)
     if found:
-        return tuple(found)
+        return tuple(one.columns for one in found)
     if strict:
         told = " or ".join(f"'{phrase}'" for adapter in own if (phrase := adapter.lora.called))
         raise RequestError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compose.bank import Adapter
-from compose.finder import Found, find, spell, whole_words
+from compose.finder import Found, find, noun_of, spell, whole_words
 from compose.tokens import Words, one_chunk
 from studio.errors import RequestError
 
@@ -78,7 +78,7 @@ def subjects_of(
     Raises:
         RequestError: a LoRA without a noun; a trigger or a noun that the prompt lacks; two LoRAs with one trigger.
     """
-    taken: set[tuple[int, ...]] = set()
+    taken: list[Found] = []
     found: list[Subject] = []
     for adapter in adapters:
         noun = _told(nouns, adapter) or adapter.lora.class_word
@@ -108,31 +108,26 @@ def _without(trigger: str, noun: str) -> str:
     return re.sub(whole_words(noun), "", trigger, flags=re.IGNORECASE).strip() if noun else trigger
 
 
-def _noun_of(words: Words, prompt: str, name: str, trigger: str, noun: str, taken: set[tuple[int, ...]]) -> int:
-    """Which occurrence of ``noun`` is that of a LoRA: the first free one after its trigger, else the last free one before."""
+def _noun_of(words: Words, prompt: str, name: str, trigger: str, noun: str, taken: list[Found]) -> int:
+    """Which occurrence of ``noun`` is that of a LoRA; it is ``taken`` from then on."""
     every = find(words, prompt, noun)
     if not every:
         raise RequestError(
             f"the noun '{noun}' of LoRA '{name}' does not stand in the prompt, so its class would have a single map: write "
             f"'{f'{trigger} {noun}'.strip()}', or name the noun that stands there with 'nouns'"
         )
-    start = 0
-    if trigger:
-        calls = find(words, prompt, trigger)
-        if not calls:
-            raise RequestError(
-                f"the prompt lacks the trigger '{trigger}' of LoRA '{name}': write '{trigger} {noun}' where it shall stand"
-            )
-        start = calls[0].columns[0]
-    free = [(index, one) for index, one in enumerate(every) if one.columns not in taken]
-    after = [index for index, one in free if one.columns[0] >= start]
-    if not free:
+    calls = find(words, prompt, trigger)
+    if trigger and not calls:
+        raise RequestError(
+            f"the prompt lacks the trigger '{trigger}' of LoRA '{name}': write '{trigger} {noun}' where it shall stand"
+        )
+    own = noun_of(every, calls[0] if calls else None, taken)
+    if own is None:
         raise RequestError(
             f"the prompt says '{noun}' {len(every)} times, but more LoRAs draw one: write the noun once for each of them"
         )
-    chosen = after[0] if after else free[-1][0]
-    taken.add(every[chosen].columns)
-    return chosen
+    taken.append(own)
+    return every.index(own)
 
 
 def without(prompt: str, phrase: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compose.figures import Boxes, Figure, Maps, Words
-from compose.finder import find, spell
+from compose.finder import Found, find, noun_of, spell
 from compose.regions import read_mask
 from pipelines.figures import draw
 from studio.errors import FileError
@@ -49,18 +49,18 @@ def writable(folder: Path) -> None:
 def words_shown(reader: Reader, request: GenerateRequest, adapters: Sequence[Adapter]) -> Figure:
     """The tokens of the prompt and which of them are the LoRAs' words.
 
-    A class word that follows a trigger is that LoRA's; where none does, every occurrence is shown.
+    Of a class word that stands several times, the occurrence is shown that the methods take for that LoRA's.
     """
     spelling = spell(reader, request.prompt)
     found: dict[str, list[int]] = {}
+    taken: list[Found] = []
     for adapter in adapters:
-        after: set[int] = set()
-        for word in dict.fromkeys((adapter.lora.trigger, adapter.lora.class_word)):
-            every = find(reader, request.prompt, word)
-            near = [one for one in every if one.columns and one.columns[0] - 1 in after]
-            columns = {column for one in near or every for column in one.columns}
-            after |= columns
+        trigger = noun_of(find(reader, request.prompt, adapter.lora.trigger), None)
+        noun = noun_of(find(reader, request.prompt, adapter.lora.class_word), trigger, taken)
+        taken += [noun] if noun else []
+        for word, one in ((adapter.lora.trigger, trigger), (adapter.lora.class_word, noun)):
             if word:
+                columns = one.columns if one else ()
                 found[f"{adapter.names[1]}: {word}"] = [i for i, c in enumerate(spelling.columns) if c in columns]
     tokens = [spelling.plain[first:last].strip() for first, last in spelling.spans]
     text = "The prompt as the text encoder has it, and where the words of the LoRAs stand."

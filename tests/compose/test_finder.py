@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compose.bank import Adapter
-from compose.finder import find, locate, spell, with_triggers
+from compose.finder import Found, find, locate, noun_of, spell, with_triggers
 from compose.text import encode, words_of
 from compose.tokens import Words
 from studio.base import Base
@@ -87,3 +87,15 @@ def test_missing_triggers_are_added_and_said() -> None:
     assert with_triggers("grass", [lora("x", "sks cat", "cat")])[0] == "grass, sks cat"
     with pytest.raises(RequestError, match="lacks the trigger 'sks' of LoRA 'one'"):
         with_triggers("grass", adapters, strict=True)
+
+
+def test_the_noun_of_a_trigger_is_the_next_free_one_else_the_last_before() -> None:
+    nouns = [Found("cat", (2,)), Found("cat", (5,)), Found("cat", (9,))]
+    trigger = Found("sks", (4,))
+    assert noun_of(nouns, trigger) == nouns[1]
+    assert noun_of(nouns, trigger, taken=nouns[1:2]) == nouns[2]
+    assert noun_of(nouns, trigger, taken=nouns[1:]) == nouns[0]
+    assert noun_of(nouns, Found("sks cat", (4, 5))) == nouns[1]
+    assert noun_of(nouns, None) == nouns[0]
+    assert noun_of(nouns, trigger, taken=nouns) is None
+    assert noun_of([], trigger) is None
