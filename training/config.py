@@ -82,7 +82,7 @@ class ConceptConfig(BaseModel):
     token_norm: Annotated[float, Field(gt=1)] | None = 1.4
     """Vectors stop learning when their mean length is so many times that of the base's own words (ED-LoRA: .55 on SD 1.5)."""
 
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 400
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 300
     epochs: Annotated[int, Field(ge=1)] | None = None
     """When given, decides ``steps``: so many times through every picture times its repeats."""
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
@@ -114,14 +114,15 @@ class ConceptConfig(BaseModel):
     """Gamma of min-SNR weighting; null weighs every noise level alike."""
     noise_offset: Share = 0.0
     prior: Literal["none", "images", "consistency"] = "none"
-    """Against forgetting: pictures of the class, or agreement with the frozen base on class and everyday prompts."""
+    """Against forgetting: pictures of the class, or agreement with the frozen base on class and everyday prompts. Left out:
+    ``consistency`` for a concept, ``none`` for a style, which shall reach everything."""
     prior_data: Path | None = None
     """Folder of class pictures for ``prior: images``."""
     prior_prompts: tuple[str, ...] = ()
     """Prompts to protect; empty: the class word and a list of everyday things."""
     prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.3
     prior_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a batch spent on the prior; None: half as many as ``batch``."""
+    """Rows of a batch spent on the prior; None: for ``images`` half as many as ``batch``, for ``consistency`` a quarter."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
@@ -265,7 +266,7 @@ class ConceptConfig(BaseModel):
     @property
     def prior_rows(self) -> int:
         """Rows a batch spends on the prior."""
-        return self.prior_batch or max(self.batch // 2, 1)
+        return self.prior_batch or max(self.batch // (2 if self.prior == "images" else 4), 1)
 
     @property
     def work(self) -> Path:

@@ -106,7 +106,7 @@ def settled(config: ConceptConfig, base: Base) -> ConceptConfig:
     """``config`` with the values it leaves to the base and the kind.
 
     A style is learnt without cross-attention: a LoRA there ties the look to the words of the eight subjects it was shown on,
-    and draws any other subject as before.
+    and draws any other subject as before. A concept is held to the frozen base: without that, a second LoRA beside it vanishes.
     """
     style, small = config.kind == "style", base.family.name == "embedded"
     chosen: dict[str, Any] = {"learning_rate": (2e-3 if style else 1e-3) if small else 1e-4}
@@ -114,6 +114,8 @@ def settled(config: ConceptConfig, base: Base) -> ConceptConfig:
         chosen["learning_rate"] = 1.0
     if style:
         chosen["targets"] = "image"
+    elif config.deltas:
+        chosen["prior"] = "consistency"
     return config.model_copy(update={key: value for key, value in chosen.items() if key not in config.model_fields_set})
 
 

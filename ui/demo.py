@@ -161,7 +161,6 @@ def _teach(folder: Path) -> tuple[Path, float]:
         output=folder / f"{LIVE}.safetensors",
         trigger=TRIGGER,
         class_word=class_word,
-        prior="consistency",  # what the LoRA is not about stays as it was: two of them side by side need that
         checkpoint_every=0,
     )
     result = train_concept(config)

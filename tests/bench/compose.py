@@ -170,7 +170,7 @@ class Bench:
 
     def made(self, wish: Wish) -> tuple[Record, Image.Image]:
         row, case = wish.row, wish.case
-        forwards = self.costs.of(row, case, wish.request)
+        forwards = self.costs.of(row, case, wish.request) if case.half == "report" else 0.0  # counting costs pictures' time
         drawn = self.means.truth(scene_of(case)) if row.source == "truth" else self.means.draw(wish.request)
         record = Record(
             key=wish.key,

@@ -24,12 +24,19 @@ from studio.art.captions import caption, plain_noun
 from studio.art.lessons import Lesson, concept_lesson, look_lesson, write_lesson
 from studio.art.scenes import SIDE, sample_scene
 from studio.errors import RequestError
-from tests.bench.combinations import LORAS, STYLE, Taught
+from tests.bench.combinations import LORAS, STYLE, Role, Taught
 
 PICTURES = 8
 STEPS = 250
-PRIOR_ROWS = 2
-"""Rows a batch of eight spends on agreeing with the base: enough to keep subjects apart, a fifth of the time."""
+"""Of a subject, an object or a background."""
+ROLES: dict[Role, dict[str, Any]] = {
+    # Shown on eight known subjects, it must learn what they have in common; held to the base, it would learn nothing.
+    "accessory": {"steps": 300, "rank": 16, "targets": "all", "prior": "none"},
+    "look": {"steps": 300, "rank": 16},
+    # It should leave what stands before it alone.
+    "background": {"prior": "consistency"},
+}
+"""What a role needs beside the trainer's defaults."""
 
 
 def lesson_of(taught: Taught) -> Lesson:
@@ -116,8 +123,6 @@ def teach_one(taught: Taught, folder: Path, base: str, **chosen: Any) -> float:
         "kind": "style" if taught.role in ("look", "background") else "concept",
         "trigger": taught.trigger,
         "class_word": taught.class_word,
-        # A look must reach everything the base knows; all others should leave the rest of the picture alone.
-        "prior": "none" if taught.role == "look" else "consistency",
         "checkpoint_every": 0,
         "restart": True,
         "device": "cpu",
@@ -128,7 +133,12 @@ def teach_one(taught: Taught, folder: Path, base: str, **chosen: Any) -> float:
 def teach(name: str, folder: str, base: str, steps: int) -> float:
     """Train one LoRA of the testbed; seconds."""
     taught = LORAS[name]
-    return teach_one(taught, Path(folder), base, steps=steps, prior_batch=None if taught.role == "look" else PRIOR_ROWS)
+    return teach_one(taught, Path(folder), base, **{"steps": steps} | ROLES.get(taught.role, {}))
+
+
+def told(text: str) -> None:
+    """Print at once, also into a file."""
+    print(text, flush=True)
 
 
 def teach_all(
@@ -138,7 +148,7 @@ def teach_all(
     names: Sequence[str] = tuple(LORAS),
     jobs: int = 1,
     steps: int = STEPS,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = told,
     teach: Callable[[str, str, str, int], float] = teach,
 ) -> list[str]:
     """Train what is missing with ``teach``, ``jobs`` at a time; the names trained."""

@@ -73,8 +73,6 @@ _CLORA = Row(
         FOUND,
         {**FOUND, **UNIT, "step": 0.03},
         {**FOUND, **UNIT, "step": 0.08},
-        {**FOUND, **UNIT, "step": 0.03, "mask_after": 0.15},
-        {**FOUND, **UNIT, "step": 0.03, "morphology": "dilate"},
     ),
 )
 _COMPOSER = Row(
@@ -85,10 +83,8 @@ _COMPOSER = Row(
     candidates=(
         {},
         {"step": 2},
-        {"step": 10},
         {"replace": 0.7},
         {"window": [0, 0.6]},
-        {"isolation": False},
     ),
 )
 
@@ -113,8 +109,6 @@ ROWS: dict[str, Row] = {
                 {"step": 5},
                 {**UNIT, "step": 0.03},
                 {**UNIT, "step": 0.1},
-                {**UNIT, "step": 0.1, "inner": {"weight": 0.7}},
-                {**UNIT, "step": 0.1, "method": "switch"},
             ),
         ),
         Row("clora-paper", "clora", kinds=FEW),
@@ -123,7 +117,7 @@ ROWS: dict[str, Row] = {
             "masked-found",
             "masked",
             kinds=FEW,
-            candidates=({}, {"threshold": 0}, {"threshold": 0.3}, {"seeds": 0.05}, {"find": 0.5}, {"isolation": True}),
+            candidates=({}, {"threshold": 0}, {"threshold": 0.3}, {"isolation": True}),
         ),
         Row(
             "masked",
@@ -137,7 +131,7 @@ ROWS: dict[str, Row] = {
             "regional",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {"feather": 0.0}, {"feather": 0.06}, {"feather": 0.25}, {"prompt": "local"}),
+            candidates=({}, {"feather": 0.0}, {"feather": 0.25}, {"prompt": "local"}),
         ),
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,

@@ -59,8 +59,6 @@ def teach(example: Example, out: Path, base: str) -> Path:
             trigger=example.trigger,
             class_word=example.class_word,
             rank=RANK,
-            # Subjects are shown side by side with others: agreement with the frozen base on everything else keeps them apart.
-            prior="consistency" if example.kind == "concept" else "none",
             checkpoint_every=0,
         )
         return train_concept(config).path
