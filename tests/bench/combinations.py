@@ -68,7 +68,7 @@ SUBJECTS = (
 """Three of one class word, three of others."""
 ACCESSORIES = (
     Taught("hat", "accessory", "hat", "zib"),
-    Taught("crown", "accessory", "crown", "tor"),
+    Taught("crown", "accessory", "crown", "torv"),
     Taught("bow", "accessory", "bow", "mip"),
     Taught("halo", "accessory", "halo", "gav"),
 )

@@ -11,12 +11,14 @@ from PIL import Image
 from studio.art.atlas import splits
 from studio.art.lessons import look_lesson
 from studio.art.scenes import render
+from studio.base import load_base
 from tests.bench import lessons
 from tests.bench.combinations import LORAS
 from tests.bench.compose_loras import PICTURES, lesson_of
 from tests.bench.judge import Judge
 from tests.bench.lessons import Question, answers, heldout, questions, shipped, table
 from tests.bench.templates import build_bank, make_keys
+from training.text import known_words
 
 
 def test_held_out_subjects_are_new_to_base_testbed_and_examples() -> None:
@@ -28,6 +30,11 @@ def test_held_out_subjects_are_new_to_base_testbed_and_examples() -> None:
     assert not contents & {taught.content for taught in LORAS.values()}
     assert len({taught.trigger for taught in pupils}) == len(pupils)
     assert {taught.content for taught in shipped()} <= {taught.content for taught in LORAS.values()}
+
+
+def test_triggers_are_words_the_base_does_not_know() -> None:
+    base = load_base("embedded", device="cpu")
+    assert [taught.trigger for taught in (*LORAS.values(), *heldout()) if known_words(base, taught.trigger)] == []
 
 
 def test_questions_are_none_of_the_lessons() -> None:
