@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ui import console, lora_cli, methods, render, train_cli
+from ui import bench, compare, console, lora_cli, methods, render, train_cli
 from ui.arguments import free_path, parse_settings
 from ui.console import Json
 from ui.options import (
@@ -185,6 +185,8 @@ def rerun(
 
 
 app.command(epilog=EPILOG)(render.render)
+app.command(epilog=EPILOG)(bench.bench)
+app.command(epilog=EPILOG)(compare.compare)
 
 
 def _check_png(out: Path | None) -> None:
