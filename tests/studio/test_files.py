@@ -22,9 +22,13 @@ def test_a_file_appears_when_the_block_ends_and_folders_are_made(tmp_path: Path)
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("before")
-    with pytest.raises(ValueError, match="in the middle"), whole(path) as fresh:
+
+    def fail(fresh: Path) -> None:
         fresh.write_text("half")
         raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"), whole(path) as fresh:
+        fail(fresh)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
