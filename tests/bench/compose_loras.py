@@ -33,8 +33,6 @@ ROLES: dict[Role, dict[str, Any]] = {
     # Shown on eight known subjects, it must learn what they have in common; held to the base, it would learn nothing.
     "accessory": {"steps": 300, "rank": 16, "targets": "all", "prior": "none"},
     "look": {"steps": 300, "rank": 16},
-    # It should leave what stands before it alone.
-    "background": {"prior": "consistency"},
 }
 """What a role needs beside the trainer's defaults."""
 
@@ -120,7 +118,7 @@ def teach_one(taught: Taught, folder: Path, base: str, **chosen: Any) -> float:
         "data": write_lesson(lesson_of(taught), folder / "lessons" / taught.name),
         "output": folder / f"{taught.name}.safetensors",
         "base": base,
-        "kind": "style" if taught.role in ("look", "background") else "concept",
+        "kind": "style" if taught.role == "look" else "concept",
         "trigger": taught.trigger,
         "class_word": taught.class_word,
         "checkpoint_every": 0,

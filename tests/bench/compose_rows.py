@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from studio.errors import UnknownNameError
-from studio.requests import GenerateRequest
+from studio.requests import GenerateRequest, LoraRef
 from tests.bench.combinations import Case, prompt_of, stand_ins
 
 Source = Literal["method", "base", "known", "truth"]
@@ -30,7 +30,7 @@ class Row:
         source: "method"; "base": without LoRAs; "known": without LoRAs, named concepts standing in for the subjects;
             "truth": the art's own picture through the VAE, which shows what the judge can see.
         kinds: of combinations it is made on.
-        candidates: options to choose from on the development half.
+        candidates: options to choose from on the development half; :data:`WEIGHT` among them is that of every LoRA.
         like: the row whose computing time this one gets, by taking fewer steps.
         part_of: the row that this one is but for its options, which are laid over those chosen for it. Such a row shows what
             a part of a method is worth, and stands in a table of its own.
@@ -49,10 +49,14 @@ class Row:
     def at(self, options: Options) -> Row:
         """This row with one of its candidates, under a name of its own."""
         name = ", ".join(f"{key} {value}" for key, value in options.items()) or "as it is"
-        return Row(f"{self.name} ({name})", self.method, {**self.options, **options}, self.boxes, self.source, self.kinds)
+        return replace(self, name=f"{self.name} ({name})", options={**self.options, **options}, candidates=())
 
 
+WEIGHT = "lora weight"
+"""No option of a method, but what stands behind the colon of each LoRA of the request."""
 MERGE_WEIGHTS: tuple[Options, ...] = tuple({"weight": weight} for weight in (0.4, 0.55, 0.7, 0.85, 1.0, "1/K"))
+WEIGHTS: tuple[Options, ...] = tuple({WEIGHT: weight} for weight in (1, 1.5, 2))
+"""For methods in which each LoRA acts for a part only."""
 FOUND: Options = {"masks": "winner", "threshold": 0.4}
 """CLoRA's masks where the maps of a small base overlap: each place to the subject that is loudest there."""
 UNIT: Options = {"unit": "noise"}
@@ -63,7 +67,7 @@ def _part(name: str, of: Row, **options: Any) -> Row:
     return Row(name, of.method, options, of.boxes, kinds=of.kinds, part_of=of.name)
 
 
-_CMLORA = Row("cmlora", "cmlora")
+_CMLORA = Row("cmlora", "cmlora", candidates=WEIGHTS)
 _CLORA = Row(
     "clora",
     "clora",
@@ -96,9 +100,11 @@ ROWS: dict[str, Row] = {
         Row("floor", source="base", kinds=("subjects", "others", "single")),
         Row("single", kinds=("single",)),
         Row("merge", candidates=MERGE_WEIGHTS),
-        Row("switch", "switch"),
-        Row("composite", "composite"),
-        Row("composite-short", "composite", like="cmlora"),
+        Row("switch", "switch", candidates=WEIGHTS),
+        Row("composite", "composite", candidates=WEIGHTS),
+        Row("composite-short", "composite", candidates=WEIGHTS, like="cmlora"),
+        Row("composite-paper", "composite"),
+        Row("cmlora-paper", "cmlora"),
         _CMLORA,
         Row(
             "attend",
@@ -186,12 +192,14 @@ def request_of(row: Row, case: Case, base: str, seed: int, steps: int | None = N
     """What is asked of the product. Pictures are made one seed at a time."""
     known = dict(zip(case.things, stand_ins(case), strict=True)) if row.source == "known" else None
     named = row.source == "method"
+    options = dict(row.options) if named else {}
+    weight = float(options.pop(WEIGHT, 1))
     return GenerateRequest.of(
         prompt=prompt_of(case, known),
         base=base,
-        loras=case.loras if named else (),
+        loras=tuple(LoraRef.of(name=name, weight=weight) for name in case.loras) if named else (),
         method=row.method,
-        options=dict(row.options) if named else {},
+        options=options,
         seed=seed,
         steps=steps,
         **({"regions": regions_of(case)} if row.boxes and named else {}),

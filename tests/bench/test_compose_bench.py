@@ -120,7 +120,7 @@ class Fakes:
         )
 
 
-SMALL = Scope(rows=rows_named(["truth", "floor", "single", "merge", "composite"]), limit=2, only=frozenset(LORAS))
+SMALL = Scope(rows=rows_named(["truth", "floor", "single", "merge", "composite-paper"]), limit=2, only=frozenset(LORAS))
 
 
 def quiet(text: str) -> None:
@@ -133,7 +133,7 @@ def test_a_run_chooses_on_development_and_is_not_repeated(tmp_path: Path) -> Non
     found, choices = Bench(fakes.means(), scope, tmp_path, quiet).go()
     assert choices == {"subjects": "merge (weight 0.7)"}
     assert {name: len(records) for name, records in found["subjects"].items()} == {
-        "truth": 2, "floor": 4, "merge": 4, "composite": 4
+        "truth": 2, "floor": 4, "merge": 4, "composite-paper": 4
     }  # fmt: skip
     assert all(record.passes() for record in found["subjects"]["merge"])
     assert {record.half for record in found["subjects"]["merge"]} == {"report"}
@@ -148,7 +148,7 @@ def test_a_run_chooses_on_development_and_is_not_repeated(tmp_path: Path) -> Non
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     fakes = Fakes()
-    scope = replace(SMALL, kinds=("subjects",), rows=rows_named(["composite"]))
+    scope = replace(SMALL, kinds=("subjects",), rows=rows_named(["composite-paper"]))
     whole, _ = Bench(fakes.means(), scope, tmp_path, quiet).go()
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][: len(lines[2]) // 2])
@@ -172,7 +172,7 @@ def test_a_row_with_the_time_of_another_takes_fewer_steps(tmp_path: Path) -> Non
 
 def test_pictures_can_be_judged_again(tmp_path: Path) -> None:
     fakes = Fakes()
-    scope = replace(SMALL, kinds=("subjects",), rows=rows_named(["composite"]))
+    scope = replace(SMALL, kinds=("subjects",), rows=rows_named(["composite-paper"]))
     bench = Bench(fakes.means(), scope, tmp_path, quiet)
     bench.go()
 
