@@ -281,7 +281,7 @@ def test_a_report_of_a_small_run(tmp_path: Path) -> None:
     text = page.read_text("utf-8")
     assert text.count(MARK) == 2
     assert "| merge | 0.0 [" in text
-    assert "| composite | 100.0 [" in text
+    assert "| composite-paper | 100.0 [" in text
     assert "| *ceiling* | 0.0 | 100.0 |" in text
     assert "| -100.0 [-100.0, -100.0] |" in text
     for name in ("compose-subjects.webp", "compose-others-worst.webp"):
