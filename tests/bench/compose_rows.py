@@ -88,7 +88,6 @@ _COMPOSER = Row(
         {},
         {"step": 2},
         {"replace": 0.7},
-        {"window": [0, 0.6]},
     ),
 )
 
@@ -137,7 +136,7 @@ ROWS: dict[str, Row] = {
             "regional",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {"feather": 0.0}, {"feather": 0.25}, {"prompt": "local"}),
+            candidates=({}, {"feather": 0.25}),
         ),
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,
