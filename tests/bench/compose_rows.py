@@ -30,7 +30,7 @@ class Row:
         source: "method"; "base": without LoRAs; "known": without LoRAs, named concepts standing in for the subjects;
             "truth": the art's own picture through the VAE, which shows what the judge can see.
         kinds: of combinations it is made on.
-        candidates: options to choose from on the development half; :data:`WEIGHT` among them is that of every LoRA.
+        candidates: options to choose from on the development half; :data:`WEIGHT` and :data:`GROW` among them are of the request.
         like: the row whose computing time this one gets, by taking fewer steps.
         part_of: the row that this one is but for its options, which are laid over those chosen for it. Such a row shows what
             a part of a method is worth, and stands in a table of its own.
@@ -54,6 +54,9 @@ class Row:
 
 WEIGHT = "lora weight"
 """No option of a method, but what stands behind the colon of each LoRA of the request."""
+GROW = "grow"
+"""No option of a method, but how far regions reach beyond the drawings they are of, as a share of the picture. The boxes of the
+testbed are tight; a base that cannot draw to a pixel needs some room."""
 MERGE_WEIGHTS: tuple[Options, ...] = tuple({"weight": weight} for weight in (0.4, 0.55, 0.7, 0.85, 1.0, "1/K"))
 WEIGHTS: tuple[Options, ...] = tuple({WEIGHT: weight} for weight in (1, 1.5, 2))
 """For methods in which each LoRA acts for a part only."""
@@ -84,11 +87,7 @@ _COMPOSER = Row(
     "lora-composer",
     boxes=True,
     kinds=FEW,
-    candidates=(
-        {},
-        {"step": 2},
-        {"replace": 0.7},
-    ),
+    candidates=({}, {GROW: 0.2}, {GROW: 0.1, "prompt": "whole"}, {GROW: 0.1, "prompt": "whole", "step": 2}),
 )
 
 ROWS: dict[str, Row] = {
@@ -129,14 +128,14 @@ ROWS: dict[str, Row] = {
             "masked",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {"isolation": True}, {"prompt": "local"}, {"prompt": "whole"}),
+            candidates=({}, {GROW: 0.2}, {"prompt": "whole"}, {GROW: 0.1, "prompt": "whole"}),
         ),
         Row(
             "regional",
             "regional",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {"feather": 0.25}),
+            candidates=({}, {GROW: 0.1}, {GROW: 0.2}),
         ),
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,
@@ -192,7 +191,7 @@ def request_of(row: Row, case: Case, base: str, seed: int, steps: int | None = N
     known = dict(zip(case.things, stand_ins(case), strict=True)) if row.source == "known" else None
     named = row.source == "method"
     options = dict(row.options) if named else {}
-    weight = float(options.pop(WEIGHT, 1))
+    weight, grow = float(options.pop(WEIGHT, 1)), float(options.pop(GROW, 0))
     return GenerateRequest.of(
         prompt=prompt_of(case, known),
         base=base,
@@ -201,14 +200,15 @@ def request_of(row: Row, case: Case, base: str, seed: int, steps: int | None = N
         options=options,
         seed=seed,
         steps=steps,
-        **({"regions": regions_of(case)} if row.boxes and named else {}),
+        **({"regions": regions_of(case, grow)} if row.boxes and named else {}),
     )
 
 
-def regions_of(case: Case) -> tuple[str, ...]:
-    """``NAME@x0,y0,x1,y1`` of each thing that is drawn."""
+def regions_of(case: Case, grow: float = 0) -> tuple[str, ...]:
+    """``NAME@x0,y0,x1,y1`` of each thing that is drawn, ``grow`` larger on every side as far as the picture reaches."""
     drawn = case.of("subject", "object")
-    return tuple(f"{t.name}@{','.join(f'{side:g}' for side in box)}" for t, box in zip(drawn, case.boxes, strict=True))
+    boxes = [[max(side - grow, 0) for side in box[:2]] + [min(side + grow, 1) for side in box[2:]] for box in case.boxes]
+    return tuple(f"{t.name}@{','.join(f'{side:g}' for side in box)}" for t, box in zip(drawn, boxes, strict=True))
 
 
 def things_of(row: Row, case: Case) -> tuple[str, ...]:

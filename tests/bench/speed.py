@@ -60,17 +60,21 @@ class Line:
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    contestants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each of ``repeats`` turns, after one turn that does not count."""
+    """Seconds of each contestant in each of ``repeats`` turns, after one turn that does not count. ``say`` hears each turn."""
     for run in contestants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for name, run in contestants.items():
             start = clock()
             run()
             seconds[name].append(clock() - start)
+        say(f"turn {turn + 1} of {repeats}: " + ", ".join(f"{name} {spent[-1]:.2f} s" for name, spent in seconds.items()))
     return seconds
 
 
@@ -125,6 +129,11 @@ def peak_in_fresh_process(shape: str, count: int, side: int) -> int:
     return int(done.stdout.split()[-1])
 
 
+def told(text: str) -> None:
+    """A line about how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def measure(shape: str, stage: Stage, repeats: int) -> list[Line]:
     """All lines of one shape."""
     peft = stage.peft()
@@ -155,7 +164,7 @@ def measure(shape: str, stage: Stage, repeats: int) -> list[Line]:
     steps, count = stage.steps, stage.count
     whole, shallow = course.whole, course.shallow  # type: ignore[attr-defined]
     predicted = (whole + share * shallow) / steps
-    seconds = take_turns(contestants, repeats)
+    seconds = take_turns(contestants, repeats, say=told)
     return lines_of(shape, seconds, predicted, share, count)
 
 
@@ -252,17 +261,18 @@ def main() -> int:
             print(composite_peak(Stage(shape_named(shapes[0]), given.peak, 2, given.side)))
             return 0
         steps = {shape: given.steps or STEPS.get(shape, 4) for shape in shapes}
-        found = {}
+        found: dict[str, list[Line]] = {}
         for shape in shapes:
+            told(f"{shape}: peaks")
             memory = memory_lines(shape, given.side)
             found[shape] = measure(shape, Stage(shape_named(shape), 4, steps[shape], given.side), given.repeats) + memory
+            text = section(found, given.repeats, steps, given.side)
+            if given.report:  # each shape as it is done: the second takes much longer
+                replace_section(given.report, text, MARK)
     except StudioError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = section(found, given.repeats, steps, given.side)
     print(text)
-    if given.report:
-        replace_section(given.report, text, MARK)
     return 0 if all(line.holds for lines in found.values() for line in lines) else 2
 
 
