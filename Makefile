@@ -64,7 +64,7 @@ wheel: setup ## build the wheel into dist/
 
 bench-compose: setup ## train 22 LoRAs, compare the composition methods on 120 combinations (hours), tables into docs/results.md
 	OMP_NUM_THREADS=1 $(PY) -m tests.bench.compose train --jobs $(JOBS)
-	OMP_NUM_THREADS=1 $(PY) -m tests.bench.compose run --report docs/results.md
+	OMP_NUM_THREADS=1 $(PY) -m tests.bench.compose run --methods usual,parts --report docs/results.md
 
 bench-speed: setup ## what composing costs, as ratios, into docs/performance.md; the machine must be quiet
 	OMP_NUM_THREADS=1 $(PY) -m tests.bench.speed --report docs/performance.md

@@ -49,7 +49,7 @@ METHODS = {
 """Composition methods by name: module and class. The class knows its own options."""
 
 
-def method_named(name: str, **options: Any) -> Method:
+def method_named(name: str, /, **options: Any) -> Method:
     """A fresh composition method with checked options, which may come as text.
 
     Raises:

@@ -107,6 +107,29 @@ def noun_of(nouns: Sequence[Found], trigger: Found | None, taken: Collection[Fou
     return after[0] if after else free[-1] if free else None
 
 
+def called(words: Words, prompt: str, adapters: Sequence[Adapter]) -> list[tuple[Found | None, Found | None]]:
+    """Where ``prompt`` says the trigger and the class word of each LoRA; no two LoRAs have the same occurrence of a word.
+
+    "trigger noun" belongs together whatever else is said, so those LoRAs choose first; then those whose trigger is said at all.
+    """
+    triggers = [noun_of(find(words, prompt, adapter.lora.trigger), None) for adapter in adapters]
+    every = [find(words, prompt, adapter.lora.class_word) for adapter in adapters]
+
+    def rank(index: int) -> int:
+        trigger = triggers[index]
+        if trigger is None:
+            return 2
+        reach = range(trigger.columns[0], trigger.columns[-1] + 2)
+        return 0 if any(one.columns and one.columns[0] in reach for one in every[index]) else 1
+
+    nouns: dict[int, Found | None] = {}
+    taken: list[Found] = []
+    for index in sorted(range(len(adapters)), key=rank):
+        nouns[index] = noun_of(every[index], triggers[index], taken)
+        taken += [own] if (own := nouns[index]) else []
+    return [(trigger, nouns[index]) for index, trigger in enumerate(triggers)]
+
+
 def with_triggers(prompt: str, adapters: Sequence[Adapter], *, strict: bool = False) -> tuple[str, list[str]]:
     """``prompt`` with the missing triggers of its LoRAs at its end, each as "trigger class", and a note for each.
 

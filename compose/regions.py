@@ -7,7 +7,7 @@ regions overlap, the mean of what each would do acts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compose.finder import Found, find, noun_of, says, spell, with_triggers
+from compose.finder import Found, called, says, spell, with_triggers
 from compose.plan import Box, Regions, RegionText
 from compose.routes import Placed, constant, spatial
 from compose.run import Run, joined
@@ -170,7 +170,7 @@ def spot(run: Run, own: Mapping[int, float], everywhere: Sequence[float], prompt
         own=tuple(own),
         weights=weights,
         prompt=prompt,
-        targets=targets_of(words, prompt, [adapters[i] for i in own], strict=strict),
+        targets=targets_of(words, prompt, adapters, own, strict=strict),
         negative=negative,
         positive=positive,
     )
@@ -244,27 +244,37 @@ def style_words(prompt: str, others: Others) -> list[str]:
     return [*kept, *(escape(phrase) for phrase in missing)]
 
 
-def targets_of(words: Words, prompt: str, own: Sequence[Adapter], *, strict: bool = False) -> tuple[tuple[int, ...], ...]:
-    """Columns of ``prompt`` that stand for what ``own`` were taught: each LoRA's trigger, and the class word that follows it.
+def targets_of(
+    words: Words, prompt: str, adapters: Sequence[Adapter], own: Collection[int] | None = None, *, strict: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """Columns of ``prompt`` that stand for what LoRAs were taught: each one's trigger, and its class word.
 
     Where none of them is known or said, all words of the prompt are one set.
+
+    Args:
+        adapters: all that act. own: indices of those that are meant; None: all. The others only keep the nouns beside their
+            triggers; when ``strict``, the prompt is about all of them, and those without a trigger have nouns too.
 
     Raises:
         RequestError: the prompt is empty; or ``strict``, and it has none of these words.
     """
+    meant = set(range(len(adapters)) if own is None else own)
+    said = [
+        index
+        for index, a in enumerate(adapters)
+        if index in meant or strict or (a.lora.trigger and says(prompt, a.lora.trigger))
+    ]
     found: list[Found] = []
-    for adapter in own:
-        trigger = noun_of(find(words, prompt, adapter.lora.trigger), None)
-        noun = noun_of(find(words, prompt, adapter.lora.class_word), trigger, found)
-        for one in (trigger, noun):
+    for index, words_of_it in zip(said, called(words, prompt, [adapters[index] for index in said]), strict=True):
+        for one in words_of_it if index in meant else ():
             if one is not None and not any(set(one.columns) <= set(known.columns) for known in found):
                 found.append(one)
     if found:
         return tuple(one.columns for one in found)
     if strict:
-        told = " or ".join(f"'{phrase}'" for adapter in own if (phrase := adapter.lora.called))
+        told = " or ".join(f"'{phrase}'" for index in sorted(meant) if (phrase := adapters[index].lora.called))
         raise RequestError(
-            f"where LoRA '{own[0].name}' acts is found by its words, and the prompt lacks them: "
+            f"where LoRA '{adapters[min(meant)].name}' acts is found by its words, and the prompt lacks them: "
             + (f"write {told}" if told else "its file names none, so draw regions")
         )
     every_word = spell(words, prompt).columns

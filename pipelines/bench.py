@@ -67,10 +67,6 @@ class Comparison:
     notes: tuple[str, ...]
     failed: tuple[str, ...]
 
-    @property
-    def rows(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(row.label for rows in self.numbers.values() for row in rows))
-
     def picture(self, row: str, combination: Combination, index: int = 0) -> tuple[Image.Image, tuple[Seen, ...]] | None:
         """A picture of a row (not of the single one) and what is seen in it; None where it was not made."""
         record = self.records.get((row, combination.name, index))
@@ -144,9 +140,9 @@ class _Bench:
             for task in references:
                 self._make(task, clock)
             if self.failed:
-                raise RequestError(f"no references, nothing to compare with: {self.failed[0]}")
+                raise RequestError(f"a reference could not be made, so there is nothing to compare with: {self.failed[0]}")
             likeness = Likeness.of(encoder, self._references(references))
-            by = digest(encoder.mark, {name: features.tolist() for name, features in likeness.known.items()})[:24]
+            by = self._mark(encoder, references)
             for task in tasks:
                 self._measure(task, clock, likeness, by)
         records = {(t.row.label, t.combination, t.index): r for t in tasks if (r := store.get(self.key(t))) is not None}
@@ -169,6 +165,11 @@ class _Bench:
         if self.plan.request.encoder == "base":
             return BaseEncoder(self.base)
         return FolderEncoder(Path(self.plan.request.encoder).expanduser(), self.base.device)
+
+    def _mark(self, encoder: Encoder, references: Sequence[Task]) -> str:
+        """Of the encoder and of the pictures it compares with."""
+        own = {name: sha256_of(files) for name, files in own_references(self.plan).items()}
+        return digest(encoder.mark, own, [self.key(task) for task in references])[:24]
 
     def _note(self, text: str) -> None:
         self.notes.append(text)

@@ -81,7 +81,8 @@ class Subject:
 
     Args:
         name: the stem of its file, by which everything here calls it.
-        phrase: how a prompt calls what it draws: trigger and class word. told: the user said so, not the file.
+        phrase: how a prompt calls what it draws: trigger and class word. told: by the user or
+            modelspec, so that its noun is only our reading.
     """
 
     name: str
@@ -90,7 +91,6 @@ class Subject:
     weight: float = 1.0
     told: bool = False
     is_style: bool = False
-    family: str = "unknown"
 
     @property
     def said(self) -> str:
@@ -131,11 +131,14 @@ def read_subjects(request: BenchRequest, family: str, lora_dirs: Sequence[Path] 
         files = dict.fromkeys(lora_files(request.folder), 1.0)
         if not files:
             raise FileError(f"--loras {request.folder} holds no .safetensors file")
-    named = {find_lora(ref.name, _dirs(request, lora_dirs)): ref.weight for ref in request.loras}
-    styles = {find_lora(name, _dirs(request, lora_dirs)): 1.0 for name in request.styles}
+    asked = [(find_lora(ref.name, _dirs(request, lora_dirs)), ref.weight) for ref in request.loras]
+    drawn = [(find_lora(name, _dirs(request, lora_dirs)), 1.0) for name in request.styles]
+    _once([file for file, _ in (*asked, *drawn)])
+    named, styles = dict(asked), dict(drawn)
     inside = {file.resolve() for file in (*named, *styles)}
     files = {**{file: weight for file, weight in files.items() if file.resolve() not in inside}, **named, **styles}
     found: dict[str, Subject] = {}
+    nameless: list[str] = []
     for file, weight in files.items():
         header = read_header(file)
         stem = file.stem
@@ -150,7 +153,12 @@ def read_subjects(request: BenchRequest, family: str, lora_dirs: Sequence[Path] 
         if stem in found:
             raise RequestError(f"two LoRAs are called '{stem}' ({found[stem].file} and {file}): rename one of them")
         phrase, told = _phrase(stem, header, request.words)
-        found[stem] = Subject(stem, file, phrase, weight, told, file in styles, header.family)
+        if not phrase:
+            guess = f" (its training data suggest '{', '.join(header.triggers)}')" if header.triggers else ""
+            nameless.append(f'--words {stem}="zqx cat"{guess}')
+        found[stem] = Subject(stem, file, phrase, weight, told, file in styles)
+    if nameless:
+        raise RequestError(f"LoRAs that record no trigger: say how prompts call what they draw with {', '.join(nameless)}")
     for name in request.words:
         if name not in found:
             raise UnknownNameError("LoRA of --words", name, found)
@@ -166,20 +174,19 @@ def _dirs(request: BenchRequest, lora_dirs: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _phrase(name: str, header: LoraHeader, words: Mapping[str, str]) -> tuple[str, bool]:
-    """How a prompt calls it, and whether the user said so.
-
-    Raises:
-        RequestError: nobody says it. What other trainers leave behind (commonest tags) is only a guess, and offered as one.
+    """How a prompt calls it, and whether its noun is the last word only by our reading; "" where nobody says it: what other
+    trainers leave behind (commonest tags) is only a guess.
     """
     if words.get(name, "").strip():
         return " ".join(words[name].split()), True
     trigger, word = (header.metadata.get(f"studio.{key}", "").strip() for key in ("trigger", "class_word"))
     if trigger:
         return (trigger if not word or word.lower() in trigger.lower().split() else f"{trigger} {word}"), False
-    phrase = header.metadata.get("modelspec.trigger_phrase", "").strip()
-    if phrase:
-        return phrase, True
-    guess = f" (its training data suggest '{', '.join(header.triggers)}')" if header.triggers else ""
-    raise RequestError(
-        f"LoRA '{name}' records no trigger: say how a prompt calls what it draws with --words {name}=\"zqx cat\"{guess}"
-    )
+    return header.metadata.get("modelspec.trigger_phrase", "").strip(), True
+
+
+def _once(files: Sequence[Path]) -> None:
+    """Refuse a LoRA that is named twice: only one of its weights could count."""
+    for index, file in enumerate(files):
+        if file.resolve() in {other.resolve() for other in files[:index]}:
+            raise RequestError(f"LoRA '{file.stem}' is named twice: name it once, with one weight, or as a style")

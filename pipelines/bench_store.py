@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -55,15 +56,14 @@ class Store:
         self.folder, self.path = folder, folder / RESULTS
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+", encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise FileError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
         self._lock()
-        self.file.seek(0)
-        text = self.file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.file.truncate(len(whole.encode()))
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            self.file.truncate(len(whole))
         self.records = parse(whole)
 
     def _lock(self) -> None:
@@ -73,7 +73,7 @@ class Store:
             return
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.file.close()
             raise FileError(
                 f"another 'studio bench' is at work in {self.folder}: wait for it, or give another --out"
@@ -83,7 +83,8 @@ class Store:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
+        with suppress(OSError):  # what could not be written has been said
+            self.file.close()
 
     def get(self, key: str) -> Record | None:
         """The record of a picture that is there; a failed one is tried again."""
@@ -92,7 +93,7 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Note a picture, and make sure that it stays noted."""
-        append(self.file, self.path, json.dumps(asdict(record), ensure_ascii=False))
+        append(self.file, self.path, json.dumps(asdict(record)))
         self.records[record.key] = record
 
 
@@ -110,16 +111,17 @@ def append(file: TextIO, path: Path, line: str) -> None:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def parse(text: str) -> dict[str, Record]:
+def parse(data: bytes) -> dict[str, Record]:
     """The last record of each key; lines that are none are left out."""
     found = {}
-    for line in text.splitlines():
+    for line in data.split(b"\n"):
         try:
             told = json.loads(line)
             record = Record(**{**told, "notes": tuple(told.get("notes", ()))})
         except (ValueError, TypeError, AttributeError):
             continue
-        found[record.key] = record
+        if isinstance(record.key, str):
+            found[record.key] = record
     return found
 
 
@@ -127,7 +129,7 @@ def timings(folder: Path) -> dict[str, list[float]]:
     """Seconds of the pictures that were made there before, by row; reads only."""
     file = folder / RESULTS
     found: dict[str, list[float]] = {}
-    for record in parse(file.read_text("utf-8") if file.is_file() else "").values():
+    for record in parse(file.read_bytes() if file.is_file() else b"").values():
         if record.file:
             found.setdefault(record.row, []).append(record.seconds)
     return found

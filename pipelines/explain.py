@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compose.figures import Boxes, Figure, Maps, Words
-from compose.finder import Found, find, noun_of, spell
+from compose.finder import called, spell
 from compose.regions import read_mask
 from pipelines.figures import draw
 from studio.errors import FileError
@@ -53,11 +53,7 @@ def words_shown(reader: Reader, request: GenerateRequest, adapters: Sequence[Ada
     """
     spelling = spell(reader, request.prompt)
     found: dict[str, list[int]] = {}
-    taken: list[Found] = []
-    for adapter in adapters:
-        trigger = noun_of(find(reader, request.prompt, adapter.lora.trigger), None)
-        noun = noun_of(find(reader, request.prompt, adapter.lora.class_word), trigger, taken)
-        taken += [noun] if noun else []
+    for adapter, (trigger, noun) in zip(adapters, called(reader, request.prompt, adapters), strict=True):
         for word, one in ((adapter.lora.trigger, trigger), (adapter.lora.class_word, noun)):
             if word:
                 columns = one.columns if one else ()

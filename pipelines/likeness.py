@@ -40,6 +40,8 @@ UP_BLOCKS: Mapping[str, int] = {"embedded": 2, "sd15": 1, "sdxl": 1}
 """Which up block is read, by family: the published second one, on the embedded base the last, whose cells are small enough."""
 REACH = 0.5
 """Weight of a cell: ``exp(-r^2 / REACH)``, with ``r`` 1 at the middle of each side."""
+ROWS = 8
+"""Pictures that a vision model sees at once."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -145,8 +147,11 @@ class FolderEncoder:
         self.name = f"{folder.name} ({type(self.model).__name__})"
         self.mark = digest("folder", *sha256_of(weights), read_json(folder / "preprocessor_config.json"))
 
-    @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return torch.cat([self._some(pictures[first : first + ROWS]) for first in range(0, len(pictures), ROWS)])
+
+    @torch.no_grad()
+    def _some(self, pictures: Sequence[Image.Image]) -> Tensor:
         pixels = self.processor(images=[one.convert("RGB") for one in pictures], return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.device)
         if hasattr(self.model, "get_image_features"):

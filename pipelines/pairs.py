@@ -92,7 +92,7 @@ def read_gallery(folder: Path) -> Gallery:
     """Every PNG below ``folder``.
 
     Raises:
-        FileError: no such folder, or it cannot be read. RequestError: no two pictures make a pair.
+        FileError: no such folder. RequestError: no two pictures make a pair.
     """
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder: name one with pictures that this studio wrote")
@@ -158,15 +158,18 @@ def common(request: GenerateRequest, record: Mapping[str, Any]) -> dict[str, Any
 
 
 def labels_of(pictures: Iterable[Picture]) -> dict[str, str]:
-    """SHA-256 -> label: the method, with those options that tell its variants apart when there are several."""
+    """SHA-256 -> label: the method, with those options that tell its variants apart when there are several.
+
+    Only within a group do options tell variants apart: from group to group some follow from prompt and LoRAs.
+    """
     pictures = list(pictures)
-    variants: dict[str, list[Mapping[str, Any]]] = {}
+    variants: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for picture in pictures:
-        variants.setdefault(picture.method, []).append(picture.options)
-    telling = {
-        method: sorted({name for each in several for name in each if any(_said(each, name) != _said(o, name) for o in several)})
-        for method, several in variants.items()
-    }
+        variants.setdefault((picture.method, picture.group), []).append(picture.options)
+    telling: dict[str, list[str]] = {picture.method: [] for picture in pictures}
+    for (method, _), several in variants.items():
+        names = {name for each in several for name in each if any(_said(each, name) != _said(o, name) for o in several)}
+        telling[method] = sorted({*telling[method], *names})
     labels = {}
     for picture in pictures:
         said = [f"{name}={_said(picture.options, name)}" for name in telling[picture.method] if name in picture.options]

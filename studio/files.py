@@ -23,7 +23,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield fresh
-        with fresh.open("rb") as stream:
+        with fresh.open("rb+") as stream:  # some systems sync only what could be written
             os.fsync(stream.fileno())
         fresh.replace(path)
     except OSError as error:

@@ -61,6 +61,8 @@ class Plan:
             "pictures": digest(self.pictures),
             "steps": self.steps,
         }
+        if self.config.prior != "none":
+            values["prior_rows"] = self.config.prior_rows
         if self.prior_pictures:
             values["prior_pictures"] = digest(self.prior_pictures)
         return values
@@ -284,6 +286,7 @@ def describe(config: ConceptConfig, base: Base | None = None) -> Description:
     from training.memory import estimate, parameter_count, word_count
 
     plan = prepare(config, base)
+    config = plan.config
     words = word_count(plan.base, config)
     parameters = parameter_count(plan.base, config.rank, plan.layers) + words
     size = max(plan.buckets, key=lambda s: s[0] * s[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,13 +175,18 @@ def _deliver(voice: console.Voice, comparison: Comparison) -> None:
     for line in warnings(comparison):
         voice.note(f"note: {line}")
     payload = {
-        "report": str(report), "sheets": sheets, "made": comparison.made, "threshold": comparison.threshold,
-        "told_apart": comparison.told_apart, "encoder": comparison.encoder, "numbers": numbers(comparison),
+        "report": str(report), "sheets": sheets, "made": comparison.made, "threshold": _number(comparison.threshold),
+        "told_apart": _number(comparison.told_apart), "encoder": comparison.encoder, "numbers": numbers(comparison),
         "notes": list(comparison.notes), "warnings": warnings(comparison), "failed": list(comparison.failed),
     }  # fmt: skip
     voice.answer(payload, *_tables(comparison), f"{report}\n" + "\n".join(sheets))
     if comparison.failed:
         raise typer.Exit(1)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def _tables(comparison: Comparison) -> list[Any]:

@@ -68,7 +68,7 @@ def _ask(
     from pipelines.votes import VoteBook
     from ui.vote_page import QUESTION, Booth, launch, vote_page, voter_name
 
-    name = voter_name(getpass.getuser() if voter is None else voter)
+    name = voter_name(_who() if voter is None else voter)
     book = VoteBook(gallery.folder)
     for note in book.ballots.notes:
         voice.note(note)
@@ -84,6 +84,14 @@ def _ask(
     given = len(book.ballots.votes) - before
     words = f"{many(given, 'vote')} given, kept in {book.path}; studio compare {gallery.folder} prints the table"
     voice.answer({"file": str(book.path), "given": given, "votes": len(book.ballots.votes)}, words)
+
+
+def _who() -> str:
+    """The name of who is logged in, where the system knows it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        return "voter"
 
 
 def _tell(voice: console.Voice, gallery: Gallery, against: str | None) -> None:

@@ -78,16 +78,18 @@ class Booth:
             return Shown("", _line(str(error)), tuple(skipped))
         done = len(self.book.ballots.seen_by(name) & {pair.key for pair in self.pairs})
         counter = _line(f"{done} of {len(self.pairs)} pairs done, {len(self.pairs) - done} left")
-        index = next_pair(self.pairs, self.book.ballots, name, skipped)
         above = _line(said) if said else ""
-        if index is None:
-            end = "Thank you, that was all." if done == len(self.pairs) else "Only pairs that you skipped are left."
-            return Shown("", above + _line(end) + counter, tuple(skipped))
-        try:
-            stage = stage_of(self.pairs[index], self.question)
-        except OSError:
-            return self.show(name, (*skipped, index), f"{said} A pair was left out: one of its pictures is gone.")
-        return Shown(str(index), above + stage + counter, tuple(skipped))
+        while (index := next_pair(self.pairs, self.book.ballots, name, skipped)) is not None:
+            try:
+                return Shown(str(index), above + stage_of(self.pairs[index], self.question) + counter, tuple(skipped))
+            except OSError:  # one of its pictures is gone
+                skipped = (*skipped, index)
+        end = (
+            "Thank you, that was all."
+            if done == len(self.pairs)
+            else "Only pairs that you skipped, or that are gone, are left: reload the page to see them."
+        )
+        return Shown("", above + _line(end) + counter, tuple(skipped))
 
     def choose(self, choice: str, number: str, voter: str, skipped: Sequence[int] = ()) -> Shown:
         """Take what was pressed about the pair that the browser shows, and show the next.
@@ -180,7 +182,7 @@ def _calls(lora: str) -> str:
 
     try:
         metadata = read_header(find_lora(lora)).metadata
-    except StudioError:
+    except (StudioError, RuntimeError, ValueError):  # a stranger's name may be any text, "~nobody" too
         return ""
     words = f"{metadata.get('studio.trigger', '')} {metadata.get('studio.class_word', '')}".strip()
     return f" ('{words}')" if words else ""

@@ -2,6 +2,7 @@
 
     python -m tests.bench.compose train --loras outputs/testbed/loras --jobs 2
     python -m tests.bench.compose run --loras outputs/testbed/loras --out outputs/testbed --report docs/results.md
+    python -m tests.bench.compose run --methods usual,parts     # also what each part of a method is worth
     python -m tests.bench.compose report --loras outputs/testbed/loras --out outputs/testbed
 
 ``train`` makes the 22 LoRAs, ``run`` all pictures and the tables, ``report`` only the tables; ``judge`` looks at the kept
@@ -26,7 +27,7 @@ from studio.errors import RequestError, StudioError
 from studio.requests import GenerateRequest
 from tests.bench.combinations import LORAS, Case, Half, all_cases, cases, scene_of, single_cases
 from tests.bench.compose_judge import Seen, make_judge, seen
-from tests.bench.compose_loras import STEPS, check, teach_all
+from tests.bench.compose_loras import check, teach_all
 from tests.bench.compose_report import report
 from tests.bench.compose_rows import (
     GROUPS,
@@ -337,7 +338,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pictures", type=int, default=2, help="seeds of each combination")
     made.add_argument("--tries", type=int, default=1, help="seeds of each combination when options are chosen")
     made.add_argument("--jobs", type=int, default=1, help="trainings side by side")
-    made.add_argument("--steps", type=int, default=STEPS, help="of a training")
+    made.add_argument("--steps", type=int, default=0, help="of a training; 0: what each role needs")
     made.add_argument("--report", type=Path, help="page whose section is replaced; its pictures go beside it")
     return made
 
@@ -346,8 +347,8 @@ def run(given: argparse.Namespace) -> None:
     only = names_of(given.only, list(LORAS), "LoRA") or list(LORAS)
     rows = rows_named(names_of(given.methods, [*GROUPS, *ROWS], "row"))
     kinds = names_of(given.kinds, EVERY, "kind") or list(EVERY)
-    if min(given.limit, given.pictures, given.tries, given.jobs, given.steps) < 1:
-        raise RequestError("--limit, --pictures, --tries, --jobs and --steps must be at least 1")
+    if min(given.limit, given.pictures, given.tries, given.jobs, given.steps + 1) < 1:
+        raise RequestError("--limit, --pictures, --tries and --jobs must be at least 1, and --steps at least 0")
     if given.what == "train":
         from studio.base import load_base
 

@@ -34,7 +34,7 @@ INTRO = """## Several LoRAs in one picture
     make bench-compose
 
 22 LoRAs of things the base never saw, each taught from {taught} pictures, in 120 fixed combinations. The tables are of the
-report half ({shown} combinations, {pictures} seeds each); constants were chosen on the other half{chosen}.
+report half ({shown} combinations, {pictures} seeds each); constants were chosen on the other half, one seed each{chosen}.
 Base `{base}`, tau {tau:g}.
 Rates are per requested LoRA, but for *pictures that fail* (any LoRA not present), with 95 % Wilson intervals; differences are
 paired by combination and seed, bootstrapped over combinations, and bold where the interval excludes 0: only then is one method

@@ -30,7 +30,7 @@ class Row:
         source: "method"; "base": without LoRAs; "known": without LoRAs, named concepts standing in for the subjects;
             "truth": the art's own picture through the VAE, which shows what the judge can see.
         kinds: of combinations it is made on.
-        candidates: options to choose from on the development half; :data:`WEIGHT` and :data:`GROW` among them are of the request.
+        candidates: options to choose from on the development half; :data:`WEIGHT` and :data:`GROW` are of the request.
         like: the row whose computing time this one gets, by taking fewer steps.
         part_of: the row that this one is but for its options, which are laid over those chosen for it. Such a row shows what
             a part of a method is worth, and stands in a table of its own.
@@ -242,8 +242,22 @@ def counted() -> Iterator[Callable[[], int]]:
     ops = torch.ops.aten
     attend = ops._scaled_dot_product_flash_attention_for_cpu
     mapping = {attend: _attention, ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    counter.mod_tracker = _Untracked()  # type: ignore[assignment]
+    with counter:
         yield counter.get_total_flops
+
+
+class _Untracked:
+    """Counts for no module by itself: torch's tracker of modules cannot bear ``autograd.grad`` to what a module was given."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Nothing to begin."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
 
 
 Shape = Sequence[int]

@@ -199,7 +199,8 @@ def main() -> None:
         options = " --shipped" if given.shipped else f" --out {given.out}"
         head = [f"## {title}", "", f"    python -m tests.bench.lessons measure{options} --report {given.report}", ""]
         trained = f"prior {given.prior}" if given.prior else "prior: consistency for subjects, none for looks"
-        head += [f"Base `{base.sha256[:12]}`; eight pictures each, the trainer's defaults ({trained}); 20 steps, weight 1.", ""]
+        how = "as they were trained to be shipped" if given.shipped else f"the trainer's defaults ({trained})"
+        head += [f"Base `{base.sha256[:12]}`; eight pictures each, {how}; 20 steps, weight 1.", ""]
         replace_section(given.report, "\n".join(head + lines), "shipped lessons" if given.shipped else "lessons")
 
 

@@ -1,6 +1,6 @@
 """How far the likeness of ``studio bench`` agrees with the judge, on the embedded base, where the judge knows the truth.
 
-    studio bench -l cat-face -l dog-face -l pizza -l unicorn --out outputs/bench
+    studio bench -l cat-face -l dog-face -l pizza -l unicorn --methods merge,masked,regional --prefix "a 3d render, "
     python -m tests.bench.likeness --bench outputs/bench
 
 For every subject of every picture of several subjects: *present* (the judge's word, anywhere in its half) or not, against
@@ -52,7 +52,7 @@ def pairs(folder: Path, judge: Judge) -> list[Pair]:
         RequestError: a LoRA whose subject the judge does not know.
     """
     found = []
-    for record in parse((folder / RESULTS).read_text("utf-8")).values():
+    for record in parse((folder / RESULTS).read_bytes()).values():
         if not record.file or record.row in (REFERENCE, SINGLE):
             continue
         names = list(record.likeness)

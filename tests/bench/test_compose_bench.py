@@ -71,6 +71,14 @@ def test_attention_on_the_cpu_is_counted() -> None:
         assert total() == 2 * 2 * 4 * 16 * 16 * 16
 
 
+def test_gradients_to_the_input_of_a_module_are_counted() -> None:
+    layer = torch.nn.Linear(8, 8)
+    leaf = torch.randn(4, 8, requires_grad=True)
+    with counted() as total:
+        torch.autograd.grad(layer(leaf).sum(), leaf)
+        assert total() == 2 * (2 * 4 * 8 * 8)
+
+
 def test_the_best_candidate_passes_most_and_then_shows_most() -> None:
     row = Row("r", candidates=({"weight": 1}, {"weight": 2}, {"weight": 3}))
     assert best_candidate(row, [(0.2, 0.9), (0.4, 0.5), (0.4, 0.6)]) == {"weight": 3}

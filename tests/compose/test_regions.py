@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compose.bank import Adapter
+from compose.finder import locate
 from compose.lora_composer import LoraComposer
 from compose.plan import Regions
 from compose.regions import (
@@ -85,6 +86,12 @@ def test_targets_are_the_trigger_and_the_class_word_after_it(base: Base) -> None
     trigger, noun = targets_of(words, "a cat and a sks cat", [CAT])
     assert noun[0] == trigger[-1] + 1
     assert len(targets_of(words, "sks cat and red dog", [CAT, DOG])) == 4
+    # Beside another LoRA's trigger stands that one's noun; without any trigger, LoRAs of one noun have different ones.
+    other = adapter("other", trigger="zqx", class_word="cat")
+    assert targets_of(words, "a zqx cat and a sks", [CAT, other], [0])[0] != targets_of(words, "a zqx cat", [other])[1]
+    assert len(targets_of(words, "a zqx cat and a sks", [CAT, other], [0])) == 1
+    first, second = (targets_of(words, "a cat and a cat", [CAT, other], [index], strict=True) for index in (0, 1))
+    assert (first, second) == tuple((locate(words, "a cat and a cat", "cat", index).columns,) for index in (0, 1))
     # A word of several tokens is one set, and what is not said does not count.
     ((*several,),) = targets_of(words, "a zebra", [adapter("zebra", trigger="zebra")])
     assert several == list(range(2, 2 + len(several))) and len(several) > 1

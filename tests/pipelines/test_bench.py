@@ -18,7 +18,7 @@ from pipelines.bench_numbers import threshold_of
 from pipelines.bench_plan import all_tasks, boxes_for, draw_combinations, make_plan, parted, rows_of
 from pipelines.bench_report import page, warnings, write_page
 from pipelines.bench_request import BenchRequest
-from pipelines.bench_store import Store, parse, picture_name, timings
+from pipelines.bench_store import Record, Store, parse, picture_name, timings
 from studio.errors import FileError, LoraFileError, NumericsError, RequestError, StudioError, UnknownNameError
 from studio.lora.model import Lora
 from studio.lora.write import save_lora
@@ -141,7 +141,7 @@ def test_words_of_the_user_reach_methods_that_look_for_them(
 ) -> None:
     (folder / "one.safetensors").unlink()
     save_lora(folder / "one.safetensors", make_lora(1, "attn2"))
-    with pytest.raises(RequestError, match=r"LoRA 'one' records no trigger: .* with --words one=.zqx cat"):
+    with pytest.raises(RequestError, match=r"record no trigger: .* with --words one=.zqx cat"):
         make_plan(asked())
     assert "a cat \\(old\\)" in next(make_plan(asked(words={"one": "cat (old)"})).reference_tasks()).request.prompt
     plan = make_plan(asked(words={"one": "sks cat"}, combinations=9, methods=("clora", "attend", "regional")))
@@ -355,7 +355,25 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "file")
 
 
+def test_records_of_any_words_are_read_again(tmp_path: Path) -> None:
+    record = Record(key="a", row="merge", combination="x", index=0, file="a.png", seconds=1.0, forwards=2,
+                    request={"prompt": "a \u2028 b \x85 \u732b"})  # fmt: skip
+    (tmp_path / "a.png").write_bytes(b"")
+    with Store(tmp_path) as store:
+        store.add(record)
+    (tmp_path / "results.jsonl").open("ab").write(b'{"key": "\xe7\x8c')
+    with Store(tmp_path) as store:
+        assert store.get("a") == record
+        store.add(record)
+    assert list(parse((tmp_path / "results.jsonl").read_bytes())) == ["a"]
+
+
+def test_a_lora_named_twice_is_refused(asked: Callable[..., BenchRequest], folder: Path) -> None:
+    with pytest.raises(RequestError, match="LoRA 'one' is named twice"):
+        make_plan(asked(loras=("one:0.5", "one:1")))
+
+
 def test_lines_that_are_none_are_left_out(tmp_path: Path) -> None:
-    assert parse('[]\n{"key": 1}\nx\n') == {}
+    assert parse(b'[]\n{"key": 1}\nx\n\xff\n') == {}
     assert timings(tmp_path) == {}
     assert picture_name("clora:unit=noise", "../a + b c", 0, "0123456789") == "pictures/clora-unit=noise/a+b-c-1-01234567.png"

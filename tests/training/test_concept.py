@@ -293,6 +293,8 @@ def test_captions_lacking_the_trigger_get_it(configure: Configure, pictures: Pat
     (pictures / "0.txt").write_text("an apple on grass")
     (pictures / "1.txt").unlink()
     described = describe(configure())
+    assert described.config["prior"] == "consistency"  # what is left open is told as it will be
+    assert described.memory_bytes > describe(configure(prior="none")).memory_bytes
     assert described.captions[:2] == ("an zqx apple on grass", "a zqx apple")
     assert any("lacked the trigger" in note for note in described.notes)
     assert describe(configure(insert_trigger=False)).captions[0] == "an apple on grass"
