@@ -78,18 +78,17 @@ class Booth:
             return Shown("", _line(str(error)), tuple(skipped))
         done = len(self.book.ballots.seen_by(name) & {pair.key for pair in self.pairs})
         counter = _line(f"{done} of {len(self.pairs)} pairs done, {len(self.pairs) - done} left")
-        above = _line(said) if said else ""
+        gone = ""
         while (index := next_pair(self.pairs, self.book.ballots, name, skipped)) is not None:
             try:
-                return Shown(str(index), above + stage_of(self.pairs[index], self.question) + counter, tuple(skipped))
-            except OSError:  # one of its pictures is gone
-                skipped = (*skipped, index)
-        end = (
-            "Thank you, that was all."
-            if done == len(self.pairs)
-            else "Only pairs that you skipped, or that are gone, are left: reload the page to see them."
-        )
-        return Shown("", above + _line(end) + counter, tuple(skipped))
+                stage = stage_of(self.pairs[index], self.question)
+            except OSError:
+                skipped, gone = (*skipped, index), "A pair was left out: one of its pictures is gone."
+                continue
+            return Shown(str(index), _said(said, gone) + stage + counter, tuple(skipped))
+        left = f"Only pairs that you skipped{' or that are gone' if gone else ''} are left: reload the page to see them again."
+        end = "Thank you, that was all." if done == len(self.pairs) else left
+        return Shown("", _said(said, gone) + _line(end) + counter, tuple(skipped))
 
     def choose(self, choice: str, number: str, voter: str, skipped: Sequence[int] = ()) -> Shown:
         """Take what was pressed about the pair that the browser shows, and show the next.
@@ -186,6 +185,10 @@ def _calls(lora: str) -> str:
         return ""
     words = f"{metadata.get('studio.trigger', '')} {metadata.get('studio.class_word', '')}".strip()
     return f" ('{words}')" if words else ""
+
+
+def _said(*lines: str) -> str:
+    return _line(" ".join(filter(None, lines))) if any(lines) else ""
 
 
 def _line(text: str) -> str:

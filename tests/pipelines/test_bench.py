@@ -22,6 +22,7 @@ from pipelines.bench_store import Record, Store, parse, picture_name, timings
 from studio.errors import FileError, LoraFileError, NumericsError, RequestError, StudioError, UnknownNameError
 from studio.lora.model import Lora
 from studio.lora.write import save_lora
+from studio.requests import LoraRef
 
 MakeLora = Callable[..., Lora]
 
@@ -370,7 +371,7 @@ def test_records_of_any_words_are_read_again(tmp_path: Path) -> None:
 
 def test_a_lora_named_twice_is_refused(asked: Callable[..., BenchRequest], folder: Path) -> None:
     with pytest.raises(RequestError, match="LoRA 'one' is named twice"):
-        make_plan(asked(loras=("one:0.5", "one:1")))
+        make_plan(asked(loras=tuple(map(LoraRef.parse, ("one:0.5", "one:1")))))
 
 
 def test_lines_that_are_none_are_left_out(tmp_path: Path) -> None:
