@@ -134,8 +134,8 @@ class _Bench:
         rows = self._rehearsed(todo)
         references = list(plan.reference_tasks())
         tasks = [task for task in all_tasks(plan, rows) if task.row.kind != "reference"]
-        wanted = [*references, *(task for task in tasks if store.get(self.key(task)) is None)]
-        with Bar("comparing", sum(store.get(self.key(task)) is None for task in wanted), self.progress) as bar:
+        missing = sum(store.get(self.key(task)) is None for task in (*references, *tasks))
+        with Bar("comparing", missing, self.progress) as bar:
             clock = _Clock(bar, self.say)
             for task in references:
                 self._make(task, clock)

@@ -5,17 +5,14 @@ A run that is killed loses one picture at most. Of several lines of one key the 
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
-from studio.errors import FileError
+from studio.files import Lines, json_lines
 
 RESULTS = "results.jsonl"
 
@@ -53,38 +50,16 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / RESULTS
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise FileError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
-        self._lock()
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            self.file.truncate(len(whole))
-        self.records = parse(whole)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # where the system cannot, nothing is locked
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.file.close()
-            raise FileError(
-                f"another 'studio bench' is at work in {self.folder}: wait for it, or give another --out"
-            ) from error
+        self.folder = folder
+        busy = f"another 'studio bench' is at work in {folder}: wait for it, or give another --out"
+        self.lines = Lines(folder / RESULTS, busy)
+        self.records = parse(self.lines.data)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(OSError):  # what could not be written has been said
-            self.file.close()
+        self.lines.close()
 
     def get(self, key: str) -> Record | None:
         """The record of a picture that is there; a failed one is tried again."""
@@ -93,32 +68,17 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Note a picture, and make sure that it stays noted."""
-        append(self.file, self.path, json.dumps(asdict(record)))
+        self.lines.add(asdict(record))
         self.records[record.key] = record
-
-
-def append(file: TextIO, path: Path, line: str) -> None:
-    """Write a line and sync it.
-
-    Raises:
-        FileError: it cannot be written.
-    """
-    try:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def parse(data: bytes) -> dict[str, Record]:
     """The last record of each key; lines that are none are left out."""
     found = {}
-    for line in data.split(b"\n"):
+    for told in json_lines(data):
         try:
-            told = json.loads(line)
             record = Record(**{**told, "notes": tuple(told.get("notes", ()))})
-        except (ValueError, TypeError, AttributeError):
+        except (TypeError, AttributeError):
             continue
         if isinstance(record.key, str):
             found[record.key] = record

@@ -7,20 +7,21 @@ what it was working on and nothing else; the same command goes on with the rest.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from studio.errors import CancelledError, FileError, RequestError, StudioError
+from studio.files import Lines, json_lines
 from ui import console
 from ui.console import Json
 from ui.jobs import Item, Problem, read_jobs
@@ -45,29 +46,16 @@ class Manifest:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / MANIFEST
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise FileError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
-        _lock(self.file, folder)
+        busy = f"another 'studio render' is at work in {folder}: wait for it, or choose another folder"
+        self.lines = Lines(folder / MANIFEST, busy)
         self.entries = self._read()
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        """The last entry of each job. A line that a crash cut short is taken away."""
-        self.file.seek(0)
-        text = self.file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.file.truncate(len(whole.encode()))
+        """The last entry of each job."""
         found = {}
-        for line in whole.splitlines():
-            try:
-                entry = json.loads(line)
+        for entry in json_lines(self.lines.data):
+            with suppress(TypeError, KeyError):
                 found[str(entry["hash"])] = entry
-            except (ValueError, TypeError, KeyError):
-                continue
         return found
 
     def has(self, item: Item) -> bool:
@@ -90,12 +78,7 @@ class Manifest:
         """Note what became of an item, and make sure that it stays noted."""
         entry = {"hash": item.digest, "state": state, "line": item.line, "name": item.name, "kind": item.resolved()["kind"],
                  **facts, "request": item.resolved(), "inputs": dict(item.inputs)}  # fmt: skip
-        try:
-            self.file.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise FileError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self.lines.add(entry)
         self.entries[item.digest] = entry
 
     def sweep(self, items: Sequence[Item]) -> None:
@@ -106,20 +89,7 @@ class Manifest:
                     half.unlink(missing_ok=True)
 
     def close(self) -> None:
-        self.file.close()
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    """Keep other processes out until the file is closed, however this one ends. Where the system cannot, nothing is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise FileError(f"another 'studio render' is at work in {folder}: wait for it, or choose another folder") from error
+        self.lines.close()
 
 
 @dataclass
@@ -274,12 +244,12 @@ def _refuse(voice: console.Voice, jobs: Path, found: Iterable[Problem]) -> None:
 
 def _finish(voice: console.Voice, manifest: Manifest, outcome: Outcome, skipped: int) -> None:
     payload = {
-        "manifest": str(manifest.path),
+        "manifest": str(manifest.lines.path),
         "made": [str(manifest.folder / name) for item in outcome.made for name in item.outputs],
         "skipped": skipped,
         "failed": [{"line": item.line, "name": item.name, "error": why} for item, why in outcome.failed],
     }
-    words = f"{len(outcome.made)} made, {skipped} were there already, {len(outcome.failed)} failed: {manifest.path}"
+    words = f"{len(outcome.made)} made, {skipped} were there already, {len(outcome.failed)} failed: {manifest.lines.path}"
     voice.answer(payload, words)
     for item, why in outcome.failed:
         voice.note(f"failed: line {item.line} ({item.name}): {' '.join(why.split())}")

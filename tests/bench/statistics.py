@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Z95 = 1.959963984540054
+from pipelines import bench_numbers
+from pipelines.bench_numbers import Z95
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,7 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
     """
     if not 0 <= hits <= n:
         raise ValueError(f"{hits} hits of {n} cases make no rate")
-    if n == 0:
-        return 0.0, 1.0
-    rate = hits / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return bench_numbers.wilson(hits / n if n else 0.0, n, z)
 
 
 def rate(outcomes: Sequence[bool]) -> Rate:
