@@ -149,6 +149,20 @@ def place_single(rng: np.random.Generator, concept: str, style: str, place: str,
     return Placement(concept, style, x, y, size)
 
 
+def place_three(rng: np.random.Generator, concepts: Sequence[str], style: str, side: int = SIDE) -> tuple[Placement, ...]:
+    """Two subjects side by side and a third above or below them, none of them hidden."""
+    upper, lower = side * 0.25, side * 0.75
+    row, other = (upper, lower) if rng.random() < 0.5 else (lower, upper)
+    spots = ((side * 0.25, row), (side * 0.75, row), (side * 0.5, other))
+    placed = []
+    for concept, (x, y) in zip(concepts, spots, strict=True):
+        size = int(rng.integers(SIZES[0], SIZES[1] - 1))
+        height, width = sized(concept, style, size).shape[:2]
+        x, y = (_jitter(rng, *where, side) for where in ((x, side * 0.03, width), (y, side * 0.03, height)))
+        placed.append(Placement(concept, style, x, y, size))
+    return tuple(placed)
+
+
 def _jitter(rng: np.random.Generator, centre: float, spread: float, extent: int, side: int) -> float:
     low, high = extent / 2 + MARGIN / 2, side - extent / 2 - MARGIN / 2
     return float(np.clip(centre + rng.uniform(-spread, spread), min(low, side / 2), max(high, side / 2)))
@@ -162,15 +176,18 @@ def sample_scene(
     look: str | None = None,
     side: int = SIDE,
 ) -> Scene:
-    """A random scene of one or two given subjects, in one common style.
+    """A random scene of one to three given subjects, in one common style.
 
-    One subject stands left, right or in the centre; two stand left and right in the order given. On a canvas too small for
+    One subject stands left, right or in the centre; two stand left and right in the order given; a third above or below
+    them. On a canvas too small for
     places (side < 48) the subject fills it.
     """
     style = known(str(rng.choice(list(styles))), STYLES, "art style")
     if len(concepts) == 1:
         place = str(rng.choice(["left", "right", "center"])) if side >= 48 else "center"
         items: tuple[Placement, ...] = (place_single(rng, concepts[0], style, place, side),)
+    elif len(concepts) == 3:
+        items = place_three(rng, concepts, style, side)
     else:
         items = tuple(place_single(rng, c, style, p, side) for c, p in zip(concepts, ("left", "right"), strict=True))
     return Scene(items, str(rng.choice(list(backgrounds))), look, side)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from studio.art.backgrounds import PHRASES as BACKGROUNDS
 from studio.art.backgrounds import background
-from studio.art.looks import PHRASES as LOOKS
+from studio.art.looks import HELDOUT as LOOKS
 from studio.art.looks import look_background
 
 NEAR = 0.12

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from studio.art.atlas import concepts
 from studio.art.backgrounds import BASE, HELDOUT, background
-from studio.art.looks import PHRASES as LOOKS
+from studio.art.looks import HELDOUT as LOOKS
 from studio.art.scenes import Placement, Scene, mirrored, render, sample_scene
 from tests.bench.judge import TAU, Judge, Wanted, vae_roundtrip, wanted_of
 from tests.bench.statistics import Rate, rate

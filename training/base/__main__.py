@@ -12,6 +12,7 @@ from training.base.loop import Run, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 Work = Annotated[Path, typer.Option(help="Folder of checkpoints, outside version control.")]
+Looks = Annotated[float, typer.Option(min=0, max=1, help="Share of pictures in one of the looks the base may see.")]
 Minutes = Annotated[float, typer.Option(help="Stop this sitting after so many minutes; run again to go on.")]
 
 
@@ -29,8 +30,18 @@ def tokenizer(out: Path = Path("assets/base/tokenizer")) -> None:
 
 
 @app.command()
-def vae(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 500_000, channels: int = 8, batch: int = 32) -> None:
+def vae(
+    work: Work = Path("work"),
+    minutes: Minutes = 1e9,
+    items: int = 500_000,
+    channels: int = 8,
+    batch: int = 32,
+    rate: float = 4e-3,
+    looks: Looks = 0.0,
+    init: Annotated[Path | None, typer.Option(help="Go on from the VAE of a finished base folder.")] = None,
+) -> None:
     """Step 1: the VAE."""
+    from training.base import assemble
     from training.base import vae as part
 
     torch.manual_seed(0)
@@ -39,13 +50,13 @@ def vae(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 500_000,
         name=f"vae{channels}",
         items=items,
         batch=batch,
-        rate=4e-3,
-        adam_rate=1.5e-3,
+        rate=rate,
+        adam_rate=rate * 3 / 8,
         minutes=minutes,
         weight_decay=0.0,
     )
-    model = part.Objective(part.build(channels))
-    average = train(model, lambda step, rank: part.batch_at(step, rank, batch, part.CROP), run)
+    model = part.Objective(part.build(channels) if init is None else assemble.load_parts(init)[0])
+    average = train(model, lambda step, rank: part.batch_at(step, rank, batch, part.CROP, looks), run)
     model.load_state_dict(average)
     print(part.scores(model.vae.eval()))
 
@@ -87,7 +98,12 @@ def unet(
     channels: int = 8,
     named_a: Annotated[float, typer.Option(help="Share of subjects that belong to the first 24 named concepts.")] = 0.6,
     named_b: Annotated[float, typer.Option(help="Share of the further 24.")] = 0.22,
-    init: Annotated[Path | None, typer.Option(help="Go on from a finished base folder instead of parts in WORK.")] = None,
+    pairs: Annotated[float, typer.Option(min=0, max=1, help="Share of scenes with two subjects.")] = 0.5,
+    triples: Annotated[float, typer.Option(min=0, max=1, help="Share of scenes with three.")] = 0.0,
+    looks: Looks = 0.0,
+    init: Annotated[
+        Path | None, typer.Option(help="Go on from a finished base folder; a VAE in WORK takes the place of its own.")
+    ] = None,
 ) -> None:
     """Step 3: the UNet, on latents and caption states of the finished parts."""
     from accelerate import PartialState
@@ -101,6 +117,8 @@ def unet(
         vae, text, network = assemble.load_vae(work, channels), assemble.load_text(work), part.build(channels)
     else:
         vae, text, network = assemble.load_parts(init)
+        if checkpoint.exists(work / f"vae{channels}"):
+            vae = assemble.load_vae(work, channels)
     model = part.Objective(network)
     run = Run(
         work=work, name=f"unet{stage}", items=items, batch=batch, rate=rate, adam_rate=rate / 3, minutes=minutes,
@@ -109,7 +127,9 @@ def unet(
     if stage == 2 and init is None and not checkpoint.exists(run.folder):
         groups, _ = checkpoint.load(work / "unet1")
         model.load_state_dict(groups["ema"])
-    mixture = Mixture(named_a=named_a, named_b=named_b, side=32 if stage == 1 else 64)
+    mixture = Mixture(
+        named_a=named_a, named_b=named_b, pairs=pairs, triples=triples, looks=looks, side=32 if stage == 1 else 64
+    )  # fmt: skip
     pool = part.Pool(vae, text, mixture, vae.config.scaling_factor)
     train(model, part.batch_source(pool, batch, PartialState(cpu=not torch.cuda.is_available()).num_processes), run)
 
@@ -121,15 +141,16 @@ def save(
     part: str = "unet2",
     name: str = "base-0",
     channels: int = 8,
-    init: Annotated[Path | None, typer.Option(help="Take VAE and text side from this base folder instead of WORK.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Take from this base folder what WORK lacks.")] = None,
 ) -> None:
     """Put the parts trained so far into a stock diffusers folder OUT."""
-    from training.base import assemble
+    from training.base import assemble, checkpoint
 
-    if init is None:
-        vae, text = assemble.load_vae(work, channels), assemble.load_text(work)
-    else:
-        vae, text, _ = assemble.load_parts(init)
+    vae, text, _ = assemble.load_parts(init) if init else (None, None, None)
+    if vae is None or checkpoint.exists(work / f"vae{channels}"):
+        vae = assemble.load_vae(work, channels)
+    if text is None or checkpoint.exists(work / "text"):
+        text = assemble.load_text(work)
     pipe = assemble.pipeline(vae, text, assemble.load_unet(work, part, channels))
     print(assemble.save(pipe, out, name))
 

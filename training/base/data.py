@@ -9,16 +9,23 @@ import numpy as np
 from studio.art.atlas import splits
 from studio.art.backgrounds import BASE
 from studio.art.captions import caption
+from studio.art.looks import BASE as LOOKS
+from studio.art.looks import SEEN
 from studio.art.scenes import SIDE, Scene, sample_scene
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Shares of the subjects and of pairs. What is left of the first two shares goes to subjects known by class word only."""
+    """Shares of the subjects, of pairs and triples, and of looks.
+
+    What is left of the first two shares goes to subjects known by class word only, of ``pairs`` and ``triples`` to single ones.
+    """
 
     named_a: float = 0.55
     named_b: float = 0.25
     pairs: float = 0.5
+    triples: float = 0.0
+    looks: float = 0.0
     drop: float = 0.08
     side: int = SIDE
 
@@ -34,13 +41,16 @@ def subject(rng: np.random.Generator, mixture: Mixture) -> str:
 
 
 def sample(rng: np.random.Generator, mixture: Mixture) -> tuple[Scene, str]:
-    """One training scene and its caption. The two subjects of a pair differ."""
-    first = subject(rng, mixture)
-    names = [first]
-    if mixture.side >= 48 and rng.random() < mixture.pairs:
-        second = subject(rng, mixture)
-        while second == first:
-            second = subject(rng, mixture)
-        names.append(second)
-    scene = sample_scene(rng, names, BASE, side=mixture.side)
-    return scene, caption(scene, rng, drop=mixture.drop)
+    """One training scene and its caption. No subject is in it twice."""
+    count = 1
+    if mixture.side >= 48:
+        u = rng.random()
+        count = 2 if u < mixture.pairs else 3 if u < mixture.pairs + mixture.triples else 1
+    names: list[str] = []
+    while len(names) < count:
+        name = subject(rng, mixture)
+        if name not in names:
+            names.append(name)
+    look = str(rng.choice(LOOKS)) if mixture.looks and rng.random() < mixture.looks else None
+    scene = sample_scene(rng, names, BASE, look=look, side=mixture.side)
+    return scene, caption(scene, rng, style_phrase=look and SEEN[look], drop=mixture.drop)

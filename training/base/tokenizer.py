@@ -14,7 +14,7 @@ from studio.art.atlas import STYLES, concepts, splits
 from studio.art.backgrounds import BASE, HELDOUT
 from studio.art.captions import caption
 from studio.art.clips import PHRASES as MOTION_PHRASES
-from studio.art.looks import PHRASES as LOOK_PHRASES
+from studio.art.looks import HELDOUT as LOOK_PHRASES
 from studio.art.scenes import sample_scene
 
 CONTEXT = 32

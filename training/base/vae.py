@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from studio.art.atlas import STYLES, splits
 from studio.art.backgrounds import BASE
+from studio.art.looks import BASE as LOOKS
 from studio.art.scenes import Placement, Scene, render, sample_scene
 
 CROP = 32
@@ -71,8 +72,13 @@ def seen() -> tuple[str, ...]:
     return splits().named + splits().class_seen
 
 
-def dense_canvas(rng: np.random.Generator, side: int = 64) -> np.ndarray:
-    """A canvas crowded with sprites of all sizes: most of its pixels are art."""
+def random_look(rng: np.random.Generator, share: float) -> str | None:
+    """One of the looks the base may see, ``share`` of the time."""
+    return LOOKS[rng.integers(len(LOOKS))] if share and rng.random() < share else None
+
+
+def dense_canvas(rng: np.random.Generator, side: int = 64, looks: float = 0.0) -> np.ndarray:
+    """A canvas crowded with sprites of all sizes: most of its pixels are art. ``looks``: share of canvases in a look."""
     names, styles = seen(), tuple(STYLES)
     items = tuple(
         Placement(
@@ -81,28 +87,28 @@ def dense_canvas(rng: np.random.Generator, side: int = 64) -> np.ndarray:
         )
         for _ in range(12)
     )  # fmt: skip
-    return render(Scene(items, str(rng.choice(list(BASE))), side=side)).image
+    return render(Scene(items, str(rng.choice(list(BASE))), random_look(rng, looks), side)).image
 
 
 @lru_cache(maxsize=1)
-def canvases(count: int = 12_000, seed: int = 1) -> np.ndarray:
-    """Dense canvases and a third of ordinary scenes, ``[count, 64, 64, 3]`` uint8."""
+def canvases(count: int = 12_000, seed: int = 1, looks: float = 0.0) -> np.ndarray:
+    """Dense canvases and a third of ordinary scenes, ``[count, 64, 64, 3]`` uint8; a share of both in a look."""
     rng = np.random.default_rng(seed)
     names = seen()
     out = np.empty((count, 64, 64, 3), np.uint8)
     for i in range(count):
         if i % 3:
-            out[i] = dense_canvas(rng)
+            out[i] = dense_canvas(rng, looks=looks)
         else:
             picked = [str(x) for x in rng.choice(names, int(rng.integers(1, 3)), replace=False)]
-            out[i] = render(sample_scene(rng, picked, BASE)).image
+            out[i] = render(sample_scene(rng, picked, BASE, look=random_look(rng, looks))).image
     return out
 
 
-def batch_at(step: int, rank: int, size: int, crop: int) -> Tensor:
+def batch_at(step: int, rank: int, size: int, crop: int, looks: float = 0.0) -> Tensor:
     """Random crops with flips, and in a quarter of them permuted colour channels, so that colours generalise."""
     rng = np.random.default_rng([11, step, rank])
-    data = canvases()
+    data = canvases(looks=looks)
     pool = len(data)
     out = np.empty((size, crop, crop, 3), np.uint8)
     for i in range(size):

@@ -41,8 +41,24 @@ def test_splits_are_disjoint_complete_and_large_enough() -> None:
 def test_held_out_parts_share_nothing_with_the_base() -> None:
     assert not set(backgrounds.BASE) & set(backgrounds.HELDOUT)
     assert not set(clips.BASE) & set(clips.HELDOUT)
-    assert len(backgrounds.HELDOUT) >= 6 and len(looks.PHRASES) >= 6 and len(ACCESSORIES) >= 6
+    assert not set(looks.SEEN) & set(looks.HELDOUT) and not set(looks.SEEN.values()) & set(looks.HELDOUT.values())
+    assert len(backgrounds.HELDOUT) >= 6 and len(looks.HELDOUT) >= 6 and len(ACCESSORIES) >= 6
     assert all(motion in clips.BASE for _, motion in splits().heldout_motion_pairs)
+
+
+def test_three_subjects_stand_side_by_side_and_the_third_above_or_below() -> None:
+    rows = set()
+    for seed in range(30):
+        scene = sample_scene(rng(seed), ["frog", "car", "rose"], backgrounds.BASE)
+        left, right, third = scene.items
+        assert [place_of(item) for item in scene.items] == ["left", "right", "center"]
+        drawn = render(scene)
+        for item, box in zip(scene.items, drawn.boxes, strict=True):
+            alone = render(Scene((item,))).boxes[0]
+            assert box == alone, "no subject hides another"
+        assert abs(left.y - right.y) < 8 < abs(third.y - left.y)
+        rows.add(third.y > left.y)
+    assert rows == {True, False}
 
 
 def test_same_scene_same_pixels() -> None:

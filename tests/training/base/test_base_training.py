@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.art.atlas import splits
+from studio.art.looks import SEEN
 from training.base import checkpoint
 from training.base.data import Mixture, sample
 from training.base.loop import Run, rate_at, train
@@ -109,3 +110,15 @@ def test_base_data_never_shows_a_held_out_subject() -> None:
             counts["a" if item.concept in splits().named_a else "b" if item.concept in splits().named_b else "class"] += 1
     total = sum(counts.values())
     assert abs(counts["a"] / total - 0.55) < 0.06 and abs(counts["b"] / total - 0.25) < 0.06
+
+
+def test_a_mixture_with_triples_and_looks() -> None:
+    rng = np.random.default_rng(1)
+    drawn = [sample(rng, Mixture(pairs=0.3, triples=0.4, looks=0.25)) for _ in range(400)]
+    counts = np.bincount([len(scene.items) for scene, _ in drawn], minlength=4) / len(drawn)
+    assert np.abs(counts[1:] - (0.3, 0.3, 0.4)).max() < 0.07
+    assert all(len({item.concept for item in scene.items}) == len(scene.items) for scene, _ in drawn)
+    redrawn = [(scene.look, text) for scene, text in drawn if scene.look]
+    assert abs(len(redrawn) / len(drawn) - 0.25) < 0.07 and {look for look, _ in redrawn} == set(SEEN)
+    assert any(SEEN[look] in text for look, text in redrawn)
+    assert not any(scene.look for scene, _ in [sample(rng, Mixture()) for _ in range(50)])
