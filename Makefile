@@ -67,6 +67,7 @@ bench-compose: setup ## train 22 LoRAs, compare the composition methods on 120 c
 	OMP_NUM_THREADS=1 $(PY) -m tests.bench.compose run --methods usual,parts --report docs/results.md
 
 bench-speed: setup ## what composing costs, as ratios, into docs/performance.md; the machine must be quiet
+	OMP_NUM_THREADS=1 $(PY) -m tests.bench.guided_cost --report docs/performance.md
 	OMP_NUM_THREADS=1 $(PY) -m tests.bench.speed --report docs/performance.md
 
 clean: ## remove the virtual environment, caches and built files (never outputs/)
