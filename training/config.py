@@ -57,7 +57,7 @@ class ConceptConfig(BaseModel):
     insert_trigger: bool = True
     """Put the trigger into captions that lack it: before the class word, else in front."""
 
-    rank: Annotated[int, Field(ge=1, le=RANK_LIMIT)] = 8
+    rank: Annotated[int, Field(ge=1, le=RANK_LIMIT)] = 16
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Strength is ``alpha / rank``; None: equal to the rank."""
     targets: str | tuple[str, ...] = "attn+ff"
@@ -82,14 +82,14 @@ class ConceptConfig(BaseModel):
     token_norm: Annotated[float, Field(gt=1)] | None = 1.4
     """Vectors stop learning when their mean length is so many times that of the base's own words (ED-LoRA: .55 on SD 1.5)."""
 
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 300
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 400
     epochs: Annotated[int, Field(ge=1)] | None = None
     """When given, decides ``steps``: so many times through every picture times its repeats."""
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     batch: Annotated[int, Field(ge=1, le=1024)] = 8
     accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     learning_rate: Rate = 1e-3
-    """Left out: 1e-3 on the embedded base (a style 2e-3), 1e-4 on larger ones, 1 for Prodigy."""
+    """Left out: 2e-3 on the embedded base, 1e-4 on larger ones, 1 for Prodigy."""
     schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up."""

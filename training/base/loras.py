@@ -11,7 +11,7 @@ from studio.art.atlas import concepts
 from studio.art.lessons import Lesson, concept_lesson, look_lesson, write_lesson
 
 RANK = 4
-"""Half the trainer's default: six files stay below 2 MB."""
+"""A quarter of the trainer's default: six files stay below 2 MB."""
 
 
 @dataclass(frozen=True)
