@@ -89,7 +89,7 @@ class ConceptConfig(BaseModel):
     batch: Annotated[int, Field(ge=1, le=1024)] = 8
     accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     learning_rate: Rate = 1e-3
-    """Left out: 2e-3 on the embedded base, 1e-4 on larger ones, 1 for Prodigy."""
+    """Left out: 1e-3 on the embedded base (a style 2e-3), 1e-4 on larger ones, 1 for Prodigy."""
     schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up."""

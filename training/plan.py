@@ -111,7 +111,7 @@ def settled(config: ConceptConfig, base: Base) -> ConceptConfig:
     and draws any other subject as before. A concept is held to the frozen base: without that, a second LoRA beside it vanishes.
     """
     style, small = config.kind == "style", base.family.name == "embedded"
-    chosen: dict[str, Any] = {"learning_rate": 2e-3 if small else 1e-4}
+    chosen: dict[str, Any] = {"learning_rate": (2e-3 if style else 1e-3) if small else 1e-4}
     if config.optimizer == "prodigy":
         chosen["learning_rate"] = 1.0
     if style:

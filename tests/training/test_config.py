@@ -107,7 +107,7 @@ def test_what_is_left_out_follows_base_and_kind(base: Base, tmp_path: Path) -> N
         config = settled(make_config(data=tmp_path, output=tmp_path / "x.safetensors", trigger="zqx", **values), base)
         return config.learning_rate, config.targets
 
-    assert chosen(base) == (2e-3, "attn+ff")
+    assert chosen(base) == (1e-3, "attn+ff")
     assert chosen(base, kind="style") == (2e-3, "image")
     assert chosen(base, kind="style", targets="attn", learning_rate=5e-4) == (5e-4, "attn")
     assert chosen(base, optimizer="prodigy") == (1.0, "attn+ff")
