@@ -20,6 +20,7 @@ from compose.text import Wording
 from studio.base import Base
 from studio.errors import CancelledError, RequestError
 from studio.lora.model import Lora
+from tests.bench.guided_cost import kept_for_backward
 
 Sample = Callable[..., Tensor]
 Make = Callable[..., Lora]
@@ -239,34 +240,12 @@ def test_updates_part_the_subjects(base: Base, ready: Any, stack: Any) -> None:
     assert (after_across < across).all() and (after_within - after_across > within - across).all()
 
 
-def saved(base: Base, work: Callable[[], Any]) -> int:
-    """Bytes kept for backward at the worst moment: what is saved until a product frees it, weights not counted."""
-    alive, worst = 0, 0
-    weights = {weight.untyped_storage().data_ptr() for weight in base.unet.parameters()}
-
-    class Held:
-        def __init__(self, tensor: Tensor) -> None:
-            nonlocal alive, worst
-            own = tensor.untyped_storage().data_ptr() not in weights
-            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size() * own
-            alive += self.size
-            worst = max(worst, alive)
-
-        def __del__(self) -> None:
-            nonlocal alive
-            alive -= self.size
-
-    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-        work()
-    return worst
-
-
 def test_memory_is_flat_in_the_number_of_loras(base: Base, ready: Any, stack: Any) -> None:
     needed = {}
     for how in ("two-pass", "joint"):
         for count in (2, 4):
             method, run, step = ready(base, count, stack, gradient=how)
-            needed[how, count] = saved(base, lambda: method.descent(run, step, run.latents))  # noqa: B023 (called at once)
+            needed[how, count] = kept_for_backward(base, lambda: method.descent(run, step, run.latents))  # noqa: B023 (called at once)
             stack.pop_all().close()
     assert needed["two-pass", 4] <= 1.05 * needed["two-pass", 2]
     assert needed["joint", 2] >= 2.5 * needed["two-pass", 2]

@@ -40,6 +40,11 @@ def subject(rng: np.random.Generator, mixture: Mixture) -> str:
     return names[rng.integers(len(names))]
 
 
+def random_look(rng: np.random.Generator, share: float) -> str | None:
+    """One of the looks the base may see, ``share`` of the time."""
+    return LOOKS[rng.integers(len(LOOKS))] if share and rng.random() < share else None
+
+
 def sample(rng: np.random.Generator, mixture: Mixture) -> tuple[Scene, str]:
     """One training scene and its caption. No subject is in it twice."""
     count = 1
@@ -51,6 +56,6 @@ def sample(rng: np.random.Generator, mixture: Mixture) -> tuple[Scene, str]:
         name = subject(rng, mixture)
         if name not in names:
             names.append(name)
-    look = str(rng.choice(LOOKS)) if mixture.looks and rng.random() < mixture.looks else None
+    look = random_look(rng, mixture.looks)
     scene = sample_scene(rng, names, BASE, look=look, side=mixture.side)
     return scene, caption(scene, rng, style_phrase=look and SEEN[look], drop=mixture.drop)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from studio.art.atlas import STYLES, splits
 from studio.art.backgrounds import BASE
-from studio.art.looks import BASE as LOOKS
 from studio.art.scenes import Placement, Scene, render, sample_scene
+from training.base.data import random_look
 
 CROP = 32
 CHROMA = 2.5
@@ -70,11 +70,6 @@ class Objective(nn.Module):
 
 def seen() -> tuple[str, ...]:
     return splits().named + splits().class_seen
-
-
-def random_look(rng: np.random.Generator, share: float) -> str | None:
-    """One of the looks the base may see, ``share`` of the time."""
-    return LOOKS[rng.integers(len(LOOKS))] if share and rng.random() < share else None
 
 
 def dense_canvas(rng: np.random.Generator, side: int = 64, looks: float = 0.0) -> np.ndarray:
