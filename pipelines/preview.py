@@ -34,6 +34,9 @@ def previewer(config: ConceptConfig) -> Callable[[int, Lora], list[Image]]:
                     loras=[str(file)],
                     seed=config.preview_seed + index,
                     steps=config.preview_steps,
+                    guidance=config.preview_guidance,
+                    negative=config.preview_negative,
+                    clip_skip=config.clip_skip,
                     device=config.device,
                     dtype=DTYPES[config.precision],
                     memory=memory_for(config.device),  # as for training, so that it is the same base and not a second one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,36 +15,77 @@ if TYPE_CHECKING:
     from training.config import ConceptConfig
 
 
-@contextmanager
-def accelerator_for(config: ConceptConfig) -> Iterator[Accelerator]:
-    """A fresh accelerator; its process-wide state is cleared afterwards, or the next run could not choose another precision.
+def launched() -> int:
+    """How many processes a launcher such as ``accelerate launch`` has started; 1 without one."""
+    told = os.environ.get("WORLD_SIZE", "")
+    return int(told) if told.isdecimal() else 1
+
+
+def check_device(config: ConceptConfig) -> None:
+    """Refuse what this machine cannot compute.
 
     Raises:
         RequestError: half precision without a GPU, or a device that is not there.
     """
     import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import DistributedDataParallelKwargs
 
     if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise RequestError("precision 'fp16' needs a CUDA device: use 'fp32', or 'bf16'")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(config.device, True):
         raise RequestError(f"device '{config.device}' is asked for, but this machine has none that works: use 'auto' or 'cpu'")
-    AcceleratorState._reset_state()
+
+
+def launcher_notes(config: ConceptConfig) -> list[str]:
+    """What a launcher asked for and does not get."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    own = "no" if config.precision == "fp32" else config.precision
+    if told in ("", own):
+        return []
+    return [f"the launcher's mixed precision is '{told}', but the run's own precision counts, '{config.precision}'"]
+
+
+@contextmanager
+def accelerator_for(config: ConceptConfig) -> Iterator[Accelerator]:
+    """A fresh accelerator; its process-wide state is cleared before and afterwards, or the next run could not choose another
+    precision or device. Only a group of processes stays as it was started.
+
+    Raises:
+        RequestError: see :func:`check_device`; or several processes that do not work together.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import GradientState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    check_device(config)
+    _forget()
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=config.train_text != "none")
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        # Said aloud where there is nothing else, or several processes would not find each other.
+        cpu=config.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         kwargs_handlers=[kwargs],
     )
     try:
+        if launched() > 1 and accelerator.num_processes == 1:
+            raise RequestError(
+                f"{launched()} processes were started, but on '{accelerator.device.type}' each would train alone: "
+                "start one, or set device to 'cpu' or 'cuda'"
+            )
         yield accelerator
     finally:
         accelerator.free_memory()
-        AcceleratorState._reset_state()
+        _forget()
         GradientState._reset_state()
+
+
+def _forget() -> None:
+    import torch
+    from accelerate.state import AcceleratorState
+
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    AcceleratorState._reset_state(reset_partial_state=alone)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from studio.base import Base
 
 NAME = "concept"
+PEFT = "peft_config"
+"""The attribute that PEFT leaves on a model."""
 # Transformer2DModel's own projections count as feed-forward: kohya's default set has them too.
 ATTENTION = r"\.attn\d+\.(to_q|to_k|to_v|to_out\.0)$"
 FEED_FORWARD = r"\.(ff\.net\.0\.proj|ff\.net\.2)$|attentions\.\d+\.proj_(in|out)$"
@@ -132,6 +134,13 @@ class Adapters:
             groups.setdefault(self._rate(key, config), []).append(parameter)
         return [{"params": params, "lr": rate, "initial_lr": rate} for rate, params in groups.items()]
 
+    def labels(self, config: ConceptConfig) -> list[str]:
+        """What each of :meth:`groups` learns, for people: ``unet``, ``unet-0.5`` (its factor), ``text``, ``words``."""
+        found: dict[float, dict[str, None]] = {}
+        for key in self.weights():
+            found.setdefault(self._rate(key, config), {})[_label(key, config)] = None
+        return ["-".join(parts) for parts in found.values()]
+
     def _rate(self, key: str, config: ConceptConfig) -> float:
         model, name = key.split(".", 1)
         if model == "unet":
@@ -173,6 +182,16 @@ class Adapters:
             yield
 
 
+def _label(key: str, config: ConceptConfig) -> str:
+    model, name = key.split(".", 1)
+    if model == "unet":
+        factor = rate_factor(name, config.block_rates)
+        return model if factor == 1 else f"{model}-{factor:g}"
+    if model == "word":
+        return "words" if name == ENCODERS[0] else "words_2"
+    return "text"
+
+
 @contextmanager
 def attached(base: Base, config: ConceptConfig) -> Iterator[Adapters]:
     """``base`` with fresh LoRA layers in single precision, initialised from the seed alone; on exit the base is as it was."""
@@ -209,11 +228,33 @@ def attached(base: Base, config: ConceptConfig) -> Iterator[Adapters]:
 
 
 @contextmanager
+def checkpointing(base: Base, config: ConceptConfig) -> Iterator[None]:
+    """Gradient checkpointing on the models in training, off again afterwards."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    encoders: list[Any] = [m for key, m in base.models().items() if key != "unet" and config.train_text != "none"]
+    base.unet.enable_gradient_checkpointing()
+    for encoder in encoders:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        base.unet.disable_gradient_checkpointing()
+        for encoder in encoders:
+            encoder.gradient_checkpointing_disable()
+
+
+@contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """On exit ``model`` has the layers, gradient flags, mode and attributes it had on entry."""
+    """On exit ``model`` has the layers, gradient flags and mode it had on entry, and nothing of PEFT.
+
+    Attributes of others stay: transformers notes on a model that its hidden states are hooked, and without the note it would
+    hook them a second time.
+    """
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    attributes = set(vars(model))
+    before = PEFT in vars(model)
     try:
         yield
     finally:
@@ -222,8 +263,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
             parent_path, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent_path), child, layer.get_base_layer())
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
+        if PEFT in vars(model) and not before:
+            delattr(model, PEFT)
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
         for module, training in modes.items():

@@ -41,9 +41,9 @@ def stream(seed: int, kind: int, index: int) -> torch.Generator:
 class Captions:
     """Every caption of a run by number, and the frozen encoder's states, computed once when they are kept."""
 
-    def __init__(self, base: Base, keep: bool) -> None:
+    def __init__(self, base: Base, keep: bool, clip_skip: int = 1) -> None:
         self.keep = keep
-        self._reader = Reader(base)
+        self._reader = Reader(base, clip_skip=clip_skip)
         self._numbers: dict[str, int] = {}
         self._table: Encoded | None = None
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from studio.errors import CancelledError, FileError, NumericsError, OutOfMemoryError, StudioError
 from training.accelerators import accelerator_for, out_of_memory, smaller
 from training.config import ConceptConfig
+from training.finished import finished, nothing_to_do
+from training.interrupt import Stop, interruptible
 from training.journal import journal
 from training.plan import Plan, prepare
 from training.progress import Progress, Report, reporting
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from studio.base import Base
     from studio.lora.model import Lora
+    from studio.lora.write import Layout
     from training.batches import Source
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,10 @@ and go to TensorBoard. ``pipelines.preview.previewer`` makes one that draws as `
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """``path`` of the LoRA; ``losses`` one per step, of all sittings; ``seconds`` of training; ``notes`` for the user."""
+    """``path`` of the LoRA; ``losses`` one per step, of all sittings; ``seconds`` of training; ``notes`` for the user.
+
+    A LoRA that was there already, trained with the same values, has its ``steps``, no ``losses`` and a note.
+    """
 
     path: Path
     steps: int
@@ -51,7 +57,8 @@ class TrainResult:
 def train_concept(
     config: ConceptConfig, progress: Report | None = None, preview: Preview | None = None, *, base: Base | None = None
 ) -> TrainResult:
-    """Train a LoRA and write it to ``config.output``. A run found unfinished there is resumed.
+    """Train a LoRA and write it to ``config.output``. A run found unfinished there is resumed, one found finished is left as
+    it is, unless ``config.restart`` is set. Ctrl-C ends the run after the step it falls into; a second one at once.
 
     Args:
         progress: called after every step; None draws a bar on a terminal. It may raise ``CancelledError`` to stop resumably.
@@ -60,11 +67,13 @@ def train_concept(
         base: a loaded base to use instead of ``config.base``.
 
     Raises:
-        StudioError: one sentence; bad input is found before any training.
-        CancelledError: stopped by the user after saving a checkpoint.
+        StudioError: one sentence; bad input, and another file at the output, are found before any training.
+        CancelledError: stopped by the user, resumably: after saving a checkpoint, or inside a step, from the last one.
     """
     with accelerator_for(config) as accelerator:
         plan = prepare(config, base, accelerator.device, accelerator.num_processes)
+        if finished(plan):
+            return TrainResult(path=config.output, steps=plan.steps, seconds=0.0, losses=(), notes=(nothing_to_do(plan),))
         try:
             return _Run(plan, accelerator, preview).train(progress)
         except (RuntimeError, MemoryError) as error:
@@ -75,12 +84,13 @@ def train_concept(
 
 @dataclass(eq=False)
 class _Run:
-    """One training in progress."""
+    """One training in progress. ``whole`` unless a step is under way, when weights and step number may not belong together."""
 
     plan: Plan
     accelerator: Accelerator
     preview: Preview | None
     step: int = 0
+    whole: bool = True
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -97,17 +107,16 @@ class _Run:
         return bool(self.accelerator.is_main_process)
 
     def train(self, report: Report | None) -> TrainResult:
-        from training.adapters import attached
+        from training.adapters import attached, checkpointing
 
-        self.notes = list(self.plan.notes)
-        for note in self.notes if self.main else ():
-            log.info(note)
+        for note in self.plan.notes:
+            self._note(note, logging.INFO)
         if self.config.restart and self.main:
             shutil.rmtree(self.config.work, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with (
             attached(self.plan.base, self.config) as adapters,
-            _checkpointing(self.plan.base, self.config),
+            checkpointing(self.plan.base, self.config),
             journal(self.config, self.main, self._note) as self.journal,
         ):
             self.adapters = adapters
@@ -127,7 +136,7 @@ class _Run:
         from training.state import find, load
 
         plan, config = self.plan, self.config
-        self.captions = Captions(plan.base, config.cache_text)
+        self.captions = Captions(plan.base, config.cache_text, config.clip_skip)
         self.source = Source(
             plan.base,
             plan.pictures,
@@ -165,29 +174,45 @@ class _Run:
             state = load(found, self._identity())
             self.adapters.load(state.weights)
             optimizer.load_state_dict(dict(state.optimizer))
+            if self.accelerator.scaler is not None and state.scaler:
+                self.accelerator.scaler.load_state_dict(dict(state.scaler))
             self.step, self.losses, self.seconds = state.step, list(state.losses), state.seconds
-            self.notes.append(f"resumed at step {self.step}")
+            self._note(f"resumed at step {self.step}", logging.INFO)
+        elif plan.start.weights:
+            self.adapters.load(plan.start.weights)
         objective.train()
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
 
     def _loop(self, show: Report) -> None:
         started, before, first = time.monotonic(), self.seconds, self.step
         smooth: float | None = None
-        try:
-            while self.step < self.plan.steps:
-                losses = self._one_step()
-                loss = losses["loss"]
-                self.step += 1
-                self.losses.append(loss)
-                self.seconds = before + time.monotonic() - started
-                smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-                left = (self.plan.steps - self.step) * (self.seconds - before) / (self.step - first)
-                self._after_step(losses)
-                show(Progress(self.step, self.plan.steps, smooth, left))
-        except (KeyboardInterrupt, CancelledError):
-            if self.main:
-                self._checkpoint()
-            raise CancelledError(f"stopped at step {self.step} of {self.plan.steps}: {self._again()}") from None
+        with interruptible() as stop:
+            try:
+                while self.step < self.plan.steps:
+                    self._stop_if_asked(stop)
+                    self.whole = False
+                    losses = self._one_step()
+                    loss = losses["loss"]
+                    self.step += 1
+                    self.losses.append(loss)
+                    self.seconds = before + time.monotonic() - started
+                    self.whole = True
+                    smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+                    left = (self.plan.steps - self.step) * (self.seconds - before) / (self.step - first)
+                    self._after_step(losses)
+                    show(Progress(self.step, self.plan.steps, smooth, left))
+            except (KeyboardInterrupt, CancelledError):
+                if self.main and self.whole:
+                    self._checkpoint()
+                raise CancelledError(f"stopped at step {self.step} of {self.plan.steps}: {self._again()}") from None
+
+    def _stop_if_asked(self, stop: Stop) -> None:
+        """All processes stop after the same step, though each hears of it at its own time."""
+        import torch
+
+        asked = torch.tensor(float(stop.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, "sum").item():
+            raise CancelledError("asked to stop")
 
     def _one_step(self) -> dict[str, float]:
         """One optimiser step; the denoising ``loss`` and the ``prior``'s over all its rows, of all processes."""
@@ -227,17 +252,19 @@ class _Run:
 
         prompts = None
         if self.prompts:
-            rows = min(self.config.prior_rows, self.config.batch)
-            picks = torch.randint(len(self.prompts), (rows,), generator=stream(self.config.seed, PRIOR, index))
+            rows = (self.config.prior_rows,)
+            picks = torch.randint(len(self.prompts), rows, generator=stream(self.config.seed, PRIOR, index))
             prompts = torch.tensor(self.prompts)[picks]
         return self.objective(self.source.batch(index), self.prior.batch(index) if self.prior else None, prompts)
 
     def _after_step(self, losses: dict[str, float]) -> None:
         """Save first, then sample: a preview can never cost the run."""
+        from training.optim import rates
+
         if not self.main:
             return
         config, last = self.config, self.step == self.plan.steps
-        self.journal.scalars(self.step, {**losses, "rate": self.optimizer.optimizer.param_groups[0]["lr"]})
+        self.journal.scalars(self.step, {**losses, **rates(self.optimizer.optimizer, self.adapters.labels(config))})
         if not last and config.checkpoint_every and self.step % config.checkpoint_every == 0:
             self._checkpoint()
         if not last and config.save_every and self.step % config.save_every == 0:
@@ -250,39 +277,40 @@ class _Run:
 
         path = self.config.output.with_name(f"{self.config.output.stem}-{self.step:06d}.safetensors")
         try:
-            write(path, self._lora())
+            write(path, self._lora(), self._layout())
         except FileError as error:  # the run may still finish
             self._note(str(error))
 
     def _again(self) -> str:
         """What a run that ends early has kept."""
-        from training.state import find
+        from training.state import find, step_of
 
         found = find(self.config.work)
-        if found is None:
-            return "nothing was kept"
-        return f"run it again to go on from step {int(found.name.rpartition('-')[2])}"
+        return "nothing was kept" if found is None else f"run it again to go on from step {step_of(found)}"
 
     def _finish(self) -> None:
         from training.export import write
 
         try:
-            write(self.config.output, self._lora())
+            write(self.config.output, self._lora(), self._layout())
         except FileError as error:
             self._checkpoint()
             raise FileError(f"{error}: make room, then {self._again()}") from None
         self._show_preview()
-        if self.journal.writer is None:
-            shutil.rmtree(self.config.work, ignore_errors=True)
-        else:
-            for folder in self.config.work.glob("checkpoint-*"):
-                shutil.rmtree(folder, ignore_errors=True)
+        curves = (self.config.work / "tensorboard").is_dir()
+        for folder in self.config.work.glob("*checkpoint-*") if curves else (self.config.work,):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _lora(self) -> Lora:
         from training.export import make_lora
 
         word = self.adapters.word
         return make_lora(self.plan, self.adapters.deltas(), self.step, word.learnt() if word else None)
+
+    def _layout(self) -> Layout:
+        from training.export import layout_of
+
+        return layout_of(self.config.layout, self.plan.base.family.name)
 
     def _identity(self) -> dict[str, Any]:
         return self.plan.identity() | {"processes": self.accelerator.num_processes}
@@ -291,6 +319,7 @@ class _Run:
         """Whether it could be written; a full disk must not end a run that may still finish."""
         from training.state import Checkpoint, save
 
+        scaler = self.accelerator.scaler
         state = Checkpoint(
             self.step,
             self.adapters.weights(),
@@ -298,6 +327,7 @@ class _Run:
             tuple(self.losses),
             self.seconds,
             self._identity(),
+            {} if scaler is None else scaler.state_dict(),
         )
         try:
             save(self.config.work, state)
@@ -326,28 +356,12 @@ class _Run:
             for model, training in zip(models, modes, strict=True):
                 model.train(training)
 
-    def _note(self, text: str) -> None:
+    def _note(self, text: str, level: int = logging.WARNING) -> None:
+        """Kept for the result, and said at once in the log, with the run's name as ``run``."""
         self.notes.append(text)
-        log.warning(text)
+        if self.main:
+            log.log(level, text, extra={"run": self.config.output.stem})
 
 
 def _silent(progress: Progress) -> None:
     """Processes other than the first report nothing."""
-
-
-@contextmanager
-def _checkpointing(base: Base, config: ConceptConfig) -> Iterator[None]:
-    """Gradient checkpointing on the models in training, off again afterwards."""
-    if not config.gradient_checkpointing:
-        yield
-        return
-    encoders: list[Any] = [m for key, m in base.models().items() if key != "unet" and config.train_text != "none"]
-    base.unet.enable_gradient_checkpointing()
-    for encoder in encoders:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        base.unet.disable_gradient_checkpointing()
-        for encoder in encoders:
-            encoder.gradient_checkpointing_disable()

@@ -24,11 +24,14 @@ NEEDED = {
     "trigger": "the new word that calls the concept, such as 'zqx'",
 }
 """The options without a default, for the sentence that asks for them."""
+EMBEDDED = "embedded"
+"""The base's name, which no folder beside a YAML file takes the place of."""
 RANK_LIMIT = 512
 """Above this a LoRA is larger than what it adapts; a rank this high is a typing mistake."""
 Rate = Annotated[float, Field(gt=0, le=10)]
 Factor = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Setting = bool | int | float | str | tuple[float, ...] | None
 
 
 class ConceptConfig(BaseModel):
@@ -43,8 +46,10 @@ class ConceptConfig(BaseModel):
     """Folder of pictures, captioned by ``.txt`` files of the same stem, or by ``metadata.jsonl`` or ``metadata.csv``."""
     output: Path
     """The ``.safetensors`` file to write; beside it ``<stem>.train/`` holds checkpoints while training."""
-    base: str = "embedded"
+    base: str = EMBEDDED
     """Base model: a name, folder, single file or hub id, as for generating."""
+    start_from: Path | None = None
+    """A LoRA of this base, with the same layers and rank, that the learning starts from."""
     kind: Literal["concept", "style"] = "concept"
     """Recorded in the file; a style also has another caption template."""
 
@@ -96,6 +101,8 @@ class ConceptConfig(BaseModel):
     cycles: Annotated[int, Field(ge=1, le=1000)] = 3
     """Falls of ``cosine_with_restarts``."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "lion8bit", "prodigy", "sgd"] = "adamw"
+    optimizer_args: dict[str, Setting] = Field(default_factory=dict)
+    """Other arguments of the optimiser, by its own names: ``{betas: [0.9, 0.99]}``, for Prodigy ``{d_coef: 2}``."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 switches clipping off."""
@@ -109,6 +116,8 @@ class ConceptConfig(BaseModel):
     """Mirror half of the pictures and swap "left" and "right" in their captions. Off: many subjects are not symmetric."""
     caption_dropout: Share = 0.05
     """How often a caption is left empty, which teaches guidance."""
+    clip_skip: Annotated[int, Field(ge=1, le=48)] = 1
+    """Layer of the text encoder that captions are read at: 1 is the last. SDXL reads the last but one for 1 and 2 alike."""
 
     min_snr: Annotated[float, Field(gt=0)] | None = 5.0
     """Gamma of min-SNR weighting; null weighs every noise level alike."""
@@ -122,13 +131,17 @@ class ConceptConfig(BaseModel):
     """Prompts to protect; empty: the class word and a list of everyday things."""
     prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.3
     prior_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a batch spent on the prior; None: for ``images`` half as many as ``batch``, for ``consistency`` a quarter."""
+    """Rows of a batch spent on the prior; None: for ``images`` half as many as ``batch``, for ``consistency`` a quarter. For
+    ``consistency`` they are rows of the batch itself, at most ``batch``."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     cache_latents: bool = True
     cache_text: bool = True
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    layout: Literal["auto", "diffusers", "kohya"] = "auto"
+    """Names of the tensors in the file: kohya's, which ComfyUI and A1111 read, or diffusers'. ``auto``: kohya's for Stable
+    Diffusion 1, 2 and XL, diffusers' for bases those programs do not know."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Under ``accelerate launch`` each process takes its own card."""
 
@@ -144,11 +157,13 @@ class ConceptConfig(BaseModel):
     """Picture ``i`` of a preview always has the seed ``preview_seed + i``."""
     preview_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Sampling steps of previews; None: the base's own number."""
+    preview_guidance: Annotated[float, Field(ge=1, le=100)] | None = None
+    preview_negative: str = ""
     tensorboard: bool = False
     """Write losses, rates and previews to ``<stem>.train/tensorboard`` when the package is installed."""
 
     restart: bool = False
-    """Start over when an unfinished run lies at the output, instead of resuming it."""
+    """Start over when a run lies at the output: an unfinished one is resumed otherwise, a finished one left as it is."""
     allow_one_image: bool = False
     allow_known_trigger: bool = False
 
@@ -197,6 +212,14 @@ class ConceptConfig(BaseModel):
         plain = value.lower().replace("-", "_")
         return SPELLINGS.get(plain, plain)
 
+    @field_validator("optimizer_args", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        """YAML takes ``1e-3`` for a word."""
+        if not isinstance(value, dict):
+            return value
+        return {key: _number(item) if isinstance(item, str) else item for key, item in value.items()}
+
     @field_validator("caption", "prior_prompts", "preview_prompts")
     @classmethod
     def _placeholders(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -216,6 +239,11 @@ class ConceptConfig(BaseModel):
             raise ValueError(f"prior_data is given but prior is '{self.prior}': set prior to 'images'")
         if self.prior == "images" and not self.class_word and not self.prior_prompts:
             raise ValueError("prior 'images' needs class_word, or prior_prompts that caption those pictures")
+        for text in self.prior_prompts:
+            if self.calls(self.fill(text)):
+                raise ValueError(
+                    f"prior_prompts holds '{text}', which calls the trigger, so that it could not be learnt: leave it out"
+                )
         if self.text_learning_rate is not None and not self.text_lora:
             raise ValueError(f"text_learning_rate is given but train_text is '{self.train_text}': set train_text to 'lora'")
         for key in ("token_init", "token_learning_rate"):
@@ -277,6 +305,17 @@ class ConceptConfig(BaseModel):
         """``text`` with its placeholders filled in and spaces tidied."""
         return " ".join(text.replace("{trigger}", self.trigger).replace("{class_word}", self.class_word).split())
 
+    def calls(self, text: str) -> bool:
+        """Whether ``text`` holds the trigger."""
+        return re.search(rf"(?<!\w){re.escape(self.trigger)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
 
 def _compiled(pattern: str, key: str) -> re.Pattern[str]:
     try:
@@ -318,7 +357,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
-    """Read a YAML file; keywords win over the file. Paths of the file are relative to its folder.
+    """Read a YAML file; keywords win over the file. Paths in it are relative to its folder, a ``base`` if it is there.
 
     Raises:
         FileError: the file is missing or not YAML.
@@ -328,7 +367,7 @@ def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options of a YAML file, unchecked; paths relative to its folder.
+    """The options of a YAML file, unchecked; paths relative to its folder, a ``base`` if it is there.
 
     Raises:
         FileError: the file is missing or not YAML.
@@ -341,13 +380,10 @@ def read_options(path: Path) -> dict[str, Any]:
         raise FileError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise FileError(f"'{path}' must hold 'option: value' lines, such as 'trigger: zqx'")
-    for key in ("data", "output", "prior_data"):
+    for key in ("data", "output", "prior_data", "start_from"):
         if isinstance(values.get(key), str):
             values[key] = path.parent / Path(values[key]).expanduser()
+    base = values.get("base")
+    if isinstance(base, str) and base not in ("", EMBEDDED) and (beside := path.parent / Path(base).expanduser()).exists():
+        values["base"] = str(beside)
     return {str(key): value for key, value in values.items()}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines ``key: old -> new`` for every value that differs."""
-    keys = sorted(old.keys() | new.keys())
-    return [f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}" for key in keys if old.get(key) != new.get(key)]

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from studio.lora.write import Layout
     from training.plan import Plan
 
     Words = Mapping[str, Mapping[str, Tensor]]
 
 TAGS = 200
 """Captions recorded at most: a header is read whole by every program that lists LoRAs."""
+KNOWN_ELSEWHERE = frozenset(["sd15", "sd2", "sdxl"])
+"""Families for which ComfyUI and A1111 know kohya's names."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,6 +42,7 @@ def metadata(plan: Plan, step: int) -> dict[str, str]:
         "ss_noise_offset": config.noise_offset or None,
         "ss_prior_loss_weight": config.prior_weight if config.prior != "none" else None,
         "ss_epoch": config.epochs,
+        "ss_clip_skip": config.clip_skip if config.clip_skip > 1 else None,
     }
     values: dict[str, object] = {
         "studio.trigger": config.trigger,
@@ -84,7 +88,14 @@ def make_lora(plan: Plan, deltas: Mapping[str, LoraDelta], step: int, tokens: Wo
     return Lora(layers=cast, metadata=metadata(plan, step), tokens=tokens or {})
 
 
-def write(path: Path, lora: Lora) -> None:
+def layout_of(asked: Literal["auto", "diffusers", "kohya"], family: str) -> Layout:
+    """The names a file has: what was ``asked``, and left open, those that most programs read for a base of ``family``."""
+    if asked != "auto":
+        return asked
+    return "kohya" if family in KNOWN_ELSEWHERE else "diffusers"
+
+
+def write(path: Path, lora: Lora, layout: Layout) -> None:
     """Save ``lora`` at ``path``, which appears whole or not at all.
 
     Raises:
@@ -92,4 +103,4 @@ def write(path: Path, lora: Lora) -> None:
     """
     from studio.lora.write import save_lora
 
-    save_lora(path, lora, layout="diffusers")
+    save_lora(path, lora, layout=layout)

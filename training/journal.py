@@ -48,13 +48,20 @@ class Journal:
                 with self._harmless():
                     self.writer.add_image(f"preview/{number}", np.asarray(picture), step, dataformats="HWC")
 
+    def close(self) -> None:
+        """Bring the log to the disk."""
+        if self.writer is not None:
+            with self._harmless():
+                self.writer.close()
+
     @contextmanager
     def _harmless(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
+            if not self.broken:
+                self.note(f"TensorBoard's log cannot be written ({error}): nothing more is logged")
             self.broken = True
-            self.note(f"TensorBoard's log cannot be written ({error}): nothing more is logged")
 
 
 @contextmanager
@@ -68,11 +75,20 @@ def journal(config: ConceptConfig, main: bool, note: Note) -> Iterator[Journal]:
         note("tensorboard is not installed, so nothing is logged for it: pip install tensorboard")
         yield Journal(folder, None, note)
         return
+    kept = Journal(folder, None, note)
+    with kept._harmless():
+        kept.writer = _writer(config.work)
+    try:
+        yield kept
+    finally:
+        kept.close()
+
+
+def _writer(work: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    from training.state import find
+    from training.state import find, step_of
 
-    found = find(config.work)
-    again = None if found is None else int(found.name.rpartition("-")[2]) + 1  # what came after is logged once more
-    with SummaryWriter(str(config.work / "tensorboard"), purge_step=again) as writer:
-        yield Journal(folder, writer, note)
+    found = find(work)
+    again = None if found is None else step_of(found) + 1  # what came after is logged once more
+    return SummaryWriter(str(work / "tensorboard"), purge_step=again)

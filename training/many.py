@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from studio.errors import CancelledError, FileError, RequestError, StudioError
-from training.config import ConceptConfig, differences, make_config, read_options
+from training.config import ConceptConfig, make_config, read_options
 
 if TYPE_CHECKING:
     from training.concept import Preview
-    from training.plan import Plan
     from training.progress import Report
 
 log = logging.getLogger(__name__)
@@ -123,9 +121,6 @@ def _train_one(
     started = time.monotonic()
     path = config.output
     try:
-        if path.exists() and not config.restart:
-            _check_finished(config)
-            return Outcome(name=name, state="skipped", path=path)
         result = train_concept(config, progress, preview(config) if preview is not None else None)
     except (CancelledError, KeyboardInterrupt) as error:
         return Outcome(name=name, state="cancelled", error=str(error) or "cancelled", seconds=time.monotonic() - started)
@@ -135,38 +130,12 @@ def _train_one(
         log.exception("training '%s' failed", name)
         sentence = f"{type(error).__name__}: {error}"
         return Outcome(name=name, state="failed", error=sentence, seconds=time.monotonic() - started)
-    loss = result.losses[-1] if result.losses else None
+    if not result.losses:
+        return Outcome(name=name, state="skipped", path=path)
+    loss = result.losses[-1]
     return Outcome(
         name=name, state="done", path=path, steps=result.steps, seconds=result.seconds, loss=loss, notes=result.notes
     )
-
-
-def _check_finished(config: ConceptConfig) -> None:
-    """Whether the file at the output is what ``config`` would train.
-
-    Raises:
-        RequestError: it is not; the message lists what differs.
-    """
-    from studio.lora.files import read_header
-    from training.plan import prepare
-
-    told = _told(read_header(config.output).metadata.get("studio.config", ""))
-    plan: Plan = prepare(config)
-    changed = differences(told, json.loads(json.dumps(plan.identity())))
-    if changed:
-        raise RequestError(
-            f"'{config.output}' is there already and was trained with other values ({'; '.join(changed[:6])}"
-            f"{'; ...' if len(changed) > 6 else ''}): move it away, or set restart to true to train it again"
-        )
-
-
-def _told(text: str) -> dict[str, Any]:
-    """What a file says of its training; nothing when it is another program's, or damaged."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

@@ -34,6 +34,8 @@ FOREIGN_NAMES = {
     "num_repeats": "repeats",
     "enable_bucket": "buckets",
     "optimizer_type": "optimizer",
+    "optimizer_params": "optimizer_args",
+    "network_weights": "start_from",
     "prior_loss_weight": "prior_weight",
     "max_grad_norm": "clip",
     "train_text_encoder": "train_text",
@@ -75,6 +77,7 @@ SPELLINGS = {
 NEUTRAL = frozenset(
     [
         "output",
+        "layout",
         "device",
         "checkpoint_every",
         "save_every",
@@ -82,6 +85,8 @@ NEUTRAL = frozenset(
         "preview_prompts",
         "preview_seed",
         "preview_steps",
+        "preview_guidance",
+        "preview_negative",
         "tensorboard",
         "restart",
         "cache_text",
@@ -89,3 +94,7 @@ NEUTRAL = frozenset(
     ]
 )
 """Options that do not change what is learnt: a run may be resumed with others, and its file does not record them."""
+
+LATER = frozenset(["start_from", "clip_skip", "optimizer_args"])
+"""Options added to the list of version 1: recorded only when given, or files and checkpoints from before would seem to be of
+another run."""

@@ -34,7 +34,7 @@ class Objective(nn.Module):
         self.unet = base.unet
         self.encoders = nn.ModuleList(m for key, m in base.models().items() if key != "unet" and config.train_text != "none")
         self.vectors = nn.ParameterList(adapters.word.vectors.values() if adapters.word else ())
-        self._reader = Reader(base, [adapters.word.embedding] if adapters.word else ())
+        self._reader = Reader(base, [adapters.word.embedding] if adapters.word else (), config.clip_skip)
         self._base, self._adapters, self._captions, self._config = base, adapters, captions, config
         self._device = device
         self._abar: Tensor = base.scheduler.alphas_cumprod.to(device)

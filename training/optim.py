@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from studio.errors import MissingDependencyError
+from studio.errors import MissingDependencyError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +18,23 @@ if TYPE_CHECKING:
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "lion8bit": "bitsandbytes", "lion": "lion_pytorch", "prodigy": "prodigyopt"}
 """Optimisers that need an optional package."""
+CLASSES = {
+    "adamw": ("torch.optim", "AdamW"),
+    "adafactor": ("torch.optim", "Adafactor"),
+    "sgd": ("torch.optim", "SGD"),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "lion8bit": ("bitsandbytes.optim", "Lion8bit"),
+    "lion": ("lion_pytorch", "Lion"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+}
+CHOSEN: Mapping[str, Mapping[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.99)},
+    "sgd": {"momentum": 0.9},
+    "prodigy": {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True},
+}
+"""Arguments that are ours and not the optimiser's own defaults; ``optimizer_args`` win."""
+OWN = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+"""Arguments that are options of their own."""
 FINAL_RATE = 0.05
 """What a falling schedule ends at, as a share of the full rate: the last steps should still do something."""
 
@@ -39,46 +59,65 @@ def rate_share(step: int, steps: int, warmup: int, schedule: str, cycles: int = 
     return 1.0
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse an optimiser that is not here.
+def check_optimizer(config: ConceptConfig) -> None:
+    """Refuse an optimiser that is not here, or arguments that it does not take.
 
     Raises:
         MissingDependencyError: the optimiser's package is not installed.
+        UnknownNameError, RequestError: an argument it does not have, or a value that it refuses.
     """
-    package = PACKAGES.get(name)
+    package = PACKAGES.get(config.optimizer)
     if package and find_spec(package) is None:
-        raise MissingDependencyError(f"optimizer '{name}' needs the package {package}: install it, or use 'adamw'")
+        raise MissingDependencyError(f"optimizer '{config.optimizer}' needs the package {package}: install it, or use 'adamw'")
+    if not config.optimizer_args:
+        return
+    for name in config.optimizer_args:
+        if name in OWN:
+            raise RequestError(f"optimizer_args holds '{name}', which is an option of its own: set {OWN[name]}")
+    taken = inspect.signature(_class(config.optimizer)).parameters.values()
+    known = [parameter.name for parameter in taken if parameter.name not in ("self", "params", *OWN)]
+    for name in config.optimizer_args:
+        if name not in known:
+            raise UnknownNameError(f"argument of optimizer '{config.optimizer}'", name, known)
+    import torch
+
+    try:
+        make_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": config.learning_rate}])
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(
+            f"optimizer '{config.optimizer}' does not take optimizer_args {config.optimizer_args}: {text}"
+        ) from None
 
 
 def make_optimizer(config: ConceptConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser ``config`` names over parameter ``groups``."""
-    import torch
+    arguments = {**CHOSEN.get(config.optimizer, {}), **config.optimizer_args}
+    made: torch.optim.Optimizer = _class(config.optimizer)(groups, weight_decay=config.weight_decay, **arguments)
+    return made
 
-    check_optimizer(config.optimizer)
-    if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(groups, weight_decay=config.weight_decay)
-    if config.optimizer == "lion8bit":
-        from bitsandbytes.optim import Lion8bit
-
-        return Lion8bit(groups, weight_decay=config.weight_decay)
-    if config.optimizer == "lion":
-        from lion_pytorch import Lion
-
-        return Lion(groups, weight_decay=config.weight_decay)
-    if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, weight_decay=config.weight_decay)
-    if config.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(groups, weight_decay=config.weight_decay, decouple=True, use_bias_correction=True, safeguard_warmup=True)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+def _class(name: str) -> Any:
+    module, made = CLASSES[name]
+    return getattr(import_module(module), made)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Give every group ``share`` of its ``initial_lr``."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * share
+
+
+def rates(optimizer: torch.optim.Optimizer, labels: Sequence[str]) -> dict[str, float]:
+    """The present rates for a log: ``rate`` of the first group, ``rate/<label>`` of every group where there are several, and
+    ``rate/d_lr...``, the real one, of an optimiser that finds a factor ``d`` by itself.
+    """
+    groups = optimizer.param_groups
+    found = {"rate": float(groups[0]["lr"])}
+    for label, group in zip(labels, groups, strict=True):
+        several = f"-{label}" if len(groups) > 1 else ""
+        if several:
+            found[f"rate/{label}"] = float(group["lr"])
+        if "d" in group:
+            found[f"rate/d_lr{several}"] = float(group["d"]) * float(group["lr"])
+    return found

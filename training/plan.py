@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.errors import FileError, RequestError
+from training.accelerators import check_device, launched, launcher_notes
 from training.config import ConceptConfig
 from training.dataset import Picture, bucket_of, bucket_sizes, digest, read_folder, with_trigger, without_trigger
-from training.names import NEUTRAL
+from training.names import LATER, NEUTRAL
 from training.optim import check_optimizer
 
 if TYPE_CHECKING:
     from studio.base import Base
+    from training.start import Start
 
 ENOUGH = 4
 """Fewer pictures than this are reported."""
@@ -28,7 +30,8 @@ EVERYDAY = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """A checked run. ``captions`` belong to ``pictures``; ``sizes`` are allowed (width, height); ``notes`` are for the user."""
+    """A checked run. ``captions`` belong to ``pictures``; ``sizes`` are allowed (width, height); ``start`` is where the weights
+    begin; ``notes`` are for the user."""
 
     config: ConceptConfig
     base: Base
@@ -39,6 +42,7 @@ class Plan:
     steps: int
     prior_pictures: Sequence[Picture]
     prior_captions: Sequence[str]
+    start: Start
     notes: Sequence[str]
 
     @property
@@ -52,7 +56,10 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run the same run when it is resumed, and what its file records. Folders are given by name alone."""
-        values = self.config.model_dump(mode="json", exclude=set(NEUTRAL))
+        values = self.config.model_dump(mode="json", exclude=set(NEUTRAL | LATER))
+        values |= self.config.model_dump(mode="json", include=set(LATER), exclude_defaults=True)
+        if self.start.sha256:
+            values["start_from"] = self.start.sha256
         values["data"] = self.config.data.name
         values["prior_data"] = self.config.prior_data.name if self.config.prior_data else None
         values |= {
@@ -74,7 +81,7 @@ def check_before_loading(config: ConceptConfig) -> tuple[list[Picture], list[Pic
     Raises:
         StudioError: one sentence on the first thing wrong.
     """
-    check_optimizer(config.optimizer)
+    check_optimizer(config)
     pictures = read_folder(config.data)
     if len(pictures) == 1 and not config.allow_one_image:
         raise RequestError(
@@ -137,6 +144,7 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         base = _load(config, device)
     config = settled(config, base)
     from training.adapters import chosen_layers
+    from training.start import start_of
     from training.text import cut_captions, known_words
 
     if known_words(base, config.trigger) and not config.allow_known_trigger:
@@ -146,6 +154,7 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         )
     layers = chosen_layers(base, config)
     captions, notes = _captions(config, pictures)
+    _check_settled(config, base)
     if config.words:
         from training.words import check_words
 
@@ -166,6 +175,9 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         notes.append(
             f"optimizer 'prodigy' scales the rate it finds by learning_rate, here {config.learning_rate:g}: 1 is usual"
         )
+    if config.repeats > 1 and not config.epochs:
+        notes.append(f"repeats {config.repeats} does nothing without epochs: steps {config.steps} says how long to train")
+    notes += launcher_notes(config)
     shares = sum(p.repeats for p in pictures) * config.repeats
     per_step = config.batch * config.accumulation * processes
     steps = -(-config.epochs * shares // per_step) if config.epochs else config.steps
@@ -184,8 +196,28 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         steps=steps,
         prior_pictures=prior,
         prior_captions=prior_captions,
+        start=start_of(base, config, layers),
         notes=tuple(notes),
     )
+
+
+def _check_settled(config: ConceptConfig, base: Base) -> None:
+    """The checks of values that base and kind may have chosen.
+
+    Raises:
+        RequestError: more prior rows than the batch has, or a layer that the text encoder lacks.
+    """
+    if config.prior == "consistency" and config.prior_rows > config.batch:
+        raise RequestError(
+            f"prior_batch {config.prior_rows} is more than batch {config.batch}, but prior 'consistency' compares rows of the "
+            f"batch itself: give at most {config.batch}"
+        )
+    encoders: list[Any] = [model for key, model in base.models().items() if key != "unet"]
+    layers = min(int(encoder.config.num_hidden_layers) for encoder in encoders)
+    if config.clip_skip > layers:
+        raise RequestError(
+            f"clip_skip {config.clip_skip} is more than the {layers} layers of the text encoder of '{base.name}'"
+        )
 
 
 def _load(config: ConceptConfig, device: Any) -> Base:
@@ -236,7 +268,7 @@ def _prior_prompts(config: ConceptConfig, captions: Sequence[str]) -> list[str]:
     own = dict.fromkeys(without_trigger(text, config.trigger) for text in captions)
     if config.class_word:
         own[f"a {config.class_word}"] = None
-    return [*[text for text in own if text][:32], *EVERYDAY]
+    return [*[text for text in own if text][:32], *[text for text in EVERYDAY if not config.calls(text)]]
 
 
 def _sizes(config: ConceptConfig, base: Base) -> list[tuple[int, int]]:
@@ -278,14 +310,17 @@ class Description:
 
 
 def describe(config: ConceptConfig, base: Base | None = None) -> Description:
-    """The resolved run, without training: everything :func:`prepare` checks, and a memory estimate.
+    """The resolved run, without training: everything a training checks beforehand, and a memory estimate.
 
     Raises:
         StudioError: one sentence on the first thing wrong.
     """
+    from training.finished import finished, nothing_to_do
     from training.memory import estimate, parameter_count, word_count
 
-    plan = prepare(config, base)
+    check_device(config)
+    plan = prepare(config, base, processes=launched())
+    notes = (*plan.notes, *([nothing_to_do(plan)] if finished(plan) else []))
     config = plan.config
     words = word_count(plan.base, config)
     parameters = parameter_count(plan.base, config.rank, plan.layers) + words
@@ -303,5 +338,5 @@ def describe(config: ConceptConfig, base: Base | None = None) -> Description:
         parameters=parameters,
         file_bytes=(parameters - words) * (4 if config.save_precision == "fp32" else 2) + words * 4,
         memory_bytes=estimate(plan.base, config, plan.layers, size).total,
-        notes=tuple(plan.notes),
+        notes=notes,
     )

@@ -1,8 +1,9 @@
 """Resumable training state: ``checkpoint-<step>`` folders that appear whole or not at all.
 
 Random numbers and data order are pure functions of (seed, step) in this trainer, so weights, optimiser, step and losses are
-the whole state. A checkpoint is written under another name, flushed to the disk and renamed; the one before is deleted only
-then. A run that is killed at any moment, or whose disk fills up, keeps its last good checkpoint.
+the whole state; half precision adds the scaler of its gradients. A checkpoint is written under another name, flushed to the
+disk and renamed; the one before is deleted only then. A run that is killed at any moment, or whose disk fills up, keeps its
+last good checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from studio.errors import FileError, RequestError
-from training.config import differences
+from training.finished import differences
 
 FACTS = "facts.json"
+NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
+"""``.old`` is one whose successor, of the same step, was about to take its name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """``weights`` by name; ``optimizer`` a ``state_dict``; ``losses`` one per finished step; ``identity`` what the run is."""
+    """``weights`` by name; ``optimizer`` a ``state_dict``; ``losses`` one per finished step; ``identity`` what the run is;
+    ``scaler`` the ``state_dict`` of the gradients' scaler, empty without one."""
 
     step: int
     weights: Mapping[str, Tensor]
@@ -40,6 +44,7 @@ class Checkpoint:
     losses: tuple[float, ...]
     seconds: float
     identity: Mapping[str, Any]
+    scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, state: Checkpoint) -> Path:
@@ -59,17 +64,20 @@ def save(folder: Path, state: Checkpoint) -> Path:
         )
         torch.save(dict(state.optimizer), fresh / "optimizer.pt")
         facts = {"step": state.step, "losses": list(state.losses), "seconds": state.seconds, "identity": dict(state.identity)}
+        facts |= {"scaler": dict(state.scaler)} if state.scaler else {}
         (fresh / FACTS).write_text(json.dumps(facts), "utf-8")
         for path in fresh.iterdir():
             _flush(path)
         if final.exists():
-            shutil.rmtree(final)
+            aside = final.with_name(f"{final.name}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
         fresh.rename(final)
         _flush(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(fresh, ignore_errors=True)
         raise FileError(f"cannot write the checkpoint '{final}': {_reason(error)}") from None
-    for old in _checkpoints(folder):
+    for old in (*_checkpoints(folder), *folder.glob(".checkpoint-*.part")):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -80,17 +88,30 @@ def _reason(error: BaseException) -> str:
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Bring a file to the disk, and the names in a folder where the system can."""
+    if path.is_dir():
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        return
+    with path.open("rb+") as file:  # some systems flush only what could be written
+        os.fsync(file.fileno())
 
 
 def _checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and (p / FACTS).is_file())
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / FACTS).is_file()]
+    return sorted(found, key=lambda path: (step_of(path), not path.suffix))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step a checkpoint was written after."""
+    return int(checkpoint.stem.rpartition("-")[2])
 
 
 def find(folder: Path) -> Path | None:
@@ -117,7 +138,9 @@ def load(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
             )
         weights = load_file(path / "weights.safetensors")
         optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        return Checkpoint(facts["step"], weights, optimizer, tuple(facts["losses"]), facts["seconds"], facts["identity"])
+        scaler = facts.get("scaler", {})
+        losses, seconds = tuple(facts["losses"]), facts["seconds"]
+        return Checkpoint(facts["step"], weights, optimizer, losses, seconds, facts["identity"], scaler)
     except RequestError:
         raise
     except Exception as error:

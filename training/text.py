@@ -24,11 +24,12 @@ class Reader:
 
     Args:
         learnt: words with vectors of their own.
+        clip_skip: layer of the text encoder, counted from the end: 1 is the last.
     """
 
-    def __init__(self, base: Base, learnt: Sequence[Embedding] = ()) -> None:
+    def __init__(self, base: Base, learnt: Sequence[Embedding] = (), clip_skip: int = 1) -> None:
         reading = Reading(embeddings=tuple(learnt))
-        self.base = base
+        self.base, self.clip_skip = base, clip_skip
         self._words, self._layers = words_of(base, reading), layers_of(reading)
         self._chunks: dict[str, dict[str, Chunk]] = {}
 
@@ -36,7 +37,10 @@ class Reader:
         """The states of ``texts``, side by side for every layer when a word is layer-wise; equal texts are read once."""
         single = list(dict.fromkeys(texts))
         rows = {name: [self._chunk(name, text) for text in single] for name in self._words}
-        found = encode_layers(self.base, rows, 1, self._layers) if self._layers else encode_chunks(self.base, rows, 1)
+        if self._layers:
+            found = encode_layers(self.base, rows, 1, self._layers, self.clip_skip)
+        else:
+            found = encode_chunks(self.base, rows, 1, self.clip_skip)
         return found.rows([single.index(text) for text in texts])
 
     @torch.no_grad()

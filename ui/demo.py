@@ -162,6 +162,7 @@ def _teach(folder: Path) -> tuple[Path, float]:
         trigger=TRIGGER,
         class_word=class_word,
         checkpoint_every=0,
+        restart=True,
     )
     result = train_concept(config)
     return result.path, result.seconds

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +59,10 @@ def concept(
     text_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the text encoder's LoRA.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures in one step.")] = None,
     precision: Annotated[str | None, typer.Option(metavar="fp32|bf16|fp16", help="Of the computation.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="auto|diffusers|kohya", help="Names in the file; auto: those most programs read for the base."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Steps between previews; 0: none.")] = None,
     preview_prompt: Annotated[
@@ -63,7 +70,9 @@ def concept(
         typer.Option(metavar="PROMPT", help="What a preview shows; {trigger} and {class_word} are filled in. Repeatable."),
     ] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Log losses and previews for TensorBoard.")] = None,
-    restart: Annotated[bool | None, typer.Option("--restart", help="Start over instead of resuming.")] = None,
+    restart: Annotated[
+        bool | None, typer.Option("--restart", help="Start over instead of resuming; replace a finished LoRA.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Any other option of the YAML file. Repeatable.")
     ] = None,
@@ -87,6 +96,7 @@ def concept(
         "text_learning_rate": text_learning_rate,
         "batch": batch,
         "precision": precision,
+        "layout": layout,
         "seed": seed,
         "preview_every": preview_every,
         "preview_prompts": tuple(preview_prompt) if preview_prompt else None,
@@ -114,15 +124,18 @@ def _one(voice: Voice, config: Path | None, values: dict[str, Any], dry_run: boo
         return
     from training.concept import train_concept
 
-    result = train_concept(made, None, _preview(made))
+    with _aloud(voice) as said:
+        result = train_concept(made, None, _preview(made))
     if _second():
         return
     for note in result.notes:
-        voice.note(f"note: {note}")
+        if (made.output.stem, note) not in said:
+            voice.note(f"note: {note}")
     loss = result.losses[-1] if result.losses else None
     payload = {"file": str(result.path), "steps": result.steps, "seconds": round(result.seconds, 1), "loss": loss}
     voice.answer({**payload, "notes": list(result.notes)}, str(result.path))
-    voice.note(f"{result.steps} steps in {result.seconds:.0f} s")
+    if result.losses:
+        voice.note(f"{result.steps} steps in {result.seconds:.0f} s")
 
 
 def _several(
@@ -159,9 +172,11 @@ def _several(
     def told(outcome: Outcome) -> None:
         if not _second():
             for note in (*outcome.notes, *([outcome.error] if outcome.error else [])):
-                voice.note(f"{outcome.name}: {note}")
+                if (outcome.name, note) not in said:
+                    voice.note(f"{outcome.name}: {note}")
 
-    outcomes = train_many(configs, None, _preview, told)
+    with _aloud(voice, many=True) as said:
+        outcomes = train_many(configs, None, _preview, told)
     if not _second():
         payload = {"runs": [asdict(outcome) for outcome in outcomes]}
         voice.answer(payload, _table(outcomes))
@@ -170,6 +185,28 @@ def _several(
         raise typer.Exit(130)
     if any(outcome.state == "failed" for outcome in outcomes):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _aloud(voice: Voice, many: bool = False) -> Iterator[set[tuple[str, str]]]:
+    """What a training notes is said at once, before it begins or on the way; those said, with the run's name."""
+    said: set[tuple[str, str]] = set()
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            run, note = str(getattr(record, "run", "")), record.getMessage()
+            said.add((run, note))
+            voice.note(f"{run if many else 'note'}: {note}")
+
+    logger, ear = logging.getLogger("training.concept"), Ear()
+    before = logger.level
+    logger.addHandler(ear)
+    logger.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(ear)
+        logger.setLevel(before)
 
 
 def _preview(config: ConceptConfig) -> Any:

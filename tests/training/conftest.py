@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,15 @@ def pictures(tmp_path: Path) -> Path:
     for index in range(5):
         draw(folder / f"{index}.png", index)
         (folder / f"{index}.txt").write_text(f"a {{trigger}} apple on the {'left' if index % 2 else 'right'}", "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base, said to be of Stable Diffusion 1.5's family."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-15"
+    shutil.copytree(tiny_base, folder)
+    (folder / "studio.json").write_text(json.dumps({"name": "tiny-15", "family": "sd15"}), "utf-8")
     return folder
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +29,18 @@ def traces(base: Base) -> dict[str, object]:
         found |= {f"{key}.{n}": (id(p), p.requires_grad, p.dtype) for n, p in model.named_parameters()}
         found[f"{key} attributes"] = sorted(vars(model))
     return found
+
+
+def test_the_text_encoder_tells_its_layers_as_before(configure: Configure, base: Base) -> None:
+    """Read for the first time while it is trained, it is not hooked again afterwards: SDXL reads the last layer but one."""
+    own = replace(base, text_encoder=copy.deepcopy(base.text_encoder))
+    for module in own.text_encoder.modules():
+        module._forward_hooks.clear()
+        vars(module).pop("_output_capturing_hooks_installed", None)
+    with attached(own, configure(train_text="embedding+lora")):
+        own.text_encoder(torch.tensor([[1, 2]]), output_hidden_states=True)
+    layers = own.text_encoder(torch.tensor([[1, 2]]), output_hidden_states=True).hidden_states
+    assert len(layers) == own.text_encoder.config.num_hidden_layers + 1
 
 
 def test_named_targets(base: Base) -> None:

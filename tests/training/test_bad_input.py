@@ -70,6 +70,13 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "nothing to learn": (values(train_unet=False), "nothing would be learnt"),
     "half precision on a CPU": (values(precision="fp16"), "needs a CUDA device"),
+    "prior prompt with the trigger": (values(prior_prompts=("a red apple", "a {trigger} apple")), "calls the trigger"),
+    "prior prompt with the trigger's word": (values(prior_prompts=("ZQX on grass",)), "calls the trigger"),
+    "more prior rows than the batch has": (values(prior_batch=5), "prior_batch 5 is more than batch 4"),
+    "clip skip beyond the layers": (values(clip_skip=3), "clip_skip 3 is more than the 2 layers"),
+    "unknown argument of the optimiser": (values(optimizer_args={"epz": 1e-6}), "'epz': did you mean 'eps'"),
+    "unknown layout": (values(layout="comfy"), "'layout' is 'comfy'"),
+    "no LoRA to start from": (values(start_from="nowhere.safetensors"), "nowhere.safetensors"),
     "unknown device": (values(device="tpu"), "'device' is 'tpu'"),
     "no such device": (values(device="mps"), "this machine has none that works"),
 }

@@ -17,6 +17,7 @@ from studio.lora.model import Lora
 from tests.training.conftest import Configure, draw
 from training import describe, train_concept
 from training.concept import Progress
+from training.plan import prepare
 from training.state import find
 from training.text import Reader
 
@@ -112,13 +113,14 @@ def test_options_train(configure: Configure, pictures: Path, changes: dict[str, 
 def test_caching_and_checkpointing_change_nothing(configure: Configure) -> None:
     losses = train_concept(configure(), quiet).losses
     for changes in ({"cache_latents": False}, {"cache_text": False}, {"gradient_checkpointing": True}):
-        assert train_concept(configure(**changes), quiet).losses == pytest.approx(losses, abs=1e-5), changes
+        again = train_concept(configure(**changes, restart=True), quiet)
+        assert again.losses == pytest.approx(losses, abs=1e-5), changes
 
 
 def test_checkpointing_a_text_encoder_in_training_changes_nothing(configure: Configure, base: Base) -> None:
     changes: dict[str, Any] = {"train_text": "embedding+lora", "steps": 2}
     losses = train_concept(configure(**changes), quiet).losses
-    saved = train_concept(configure(**changes, gradient_checkpointing=True), quiet).losses
+    saved = train_concept(configure(**changes, gradient_checkpointing=True, restart=True), quiet).losses
     assert saved == pytest.approx(losses, abs=1e-5)
     assert not base.text_encoder.is_gradient_checkpointing
 
@@ -128,7 +130,7 @@ def test_consistency_holds_the_class_in_place(configure: Configure, base: Base) 
 
     def drift(**changes: Any) -> float:
         path = train_concept(
-            configure(steps=20, batch=2, prior_batch=2, learning_rate=1e-2, targets="all", **changes), quiet
+            configure(steps=20, batch=2, prior_batch=2, learning_rate=1e-2, targets="all", restart=True, **changes), quiet
         ).path
         lora = load_lora(path)
         x = torch.randn(8, 8, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -298,6 +300,20 @@ def test_captions_lacking_the_trigger_get_it(configure: Configure, pictures: Pat
     assert described.captions[:2] == ("an zqx apple on grass", "a zqx apple")
     assert any("lacked the trigger" in note for note in described.notes)
     assert describe(configure(insert_trigger=False)).captions[0] == "an apple on grass"
+
+
+def test_repeats_without_epochs_are_noted(configure: Configure) -> None:
+    note = "repeats 3 does nothing without epochs: steps 4 says how long to train"
+    assert note in describe(configure(repeats=3)).notes
+    assert not any(
+        "repeats" in text for text in (*describe(configure(repeats=3, epochs=1)).notes, *describe(configure()).notes)
+    )
+
+
+def test_everyday_prompts_spare_a_known_trigger(configure: Configure) -> None:
+    plan = prepare(configure(trigger="dog", allow_known_trigger=True))
+    assert "a cat" in plan.prior_captions
+    assert not any("dog" in caption for caption in plan.prior_captions)
 
 
 def test_description_resolves_and_estimates(configure: Configure, pictures: Path) -> None:

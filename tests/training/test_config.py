@@ -11,7 +11,8 @@ import pytest
 from studio.base import Base
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.family import FAMILIES
-from training.config import FOREIGN_NAMES, ConceptConfig, differences, load_config, make_config
+from training.config import FOREIGN_NAMES, ConceptConfig, load_config, make_config
+from training.finished import differences
 from training.plan import settled
 
 NEEDED: dict[str, Any] = {"data": "d", "output": "o.safetensors", "trigger": "zqx"}
@@ -22,6 +23,22 @@ def test_yaml_with_overrides_and_relative_paths(tmp_path: Path) -> None:
     config = load_config(tmp_path / "job.yaml", steps=9)
     assert (config.data, config.steps, config.min_snr) == (tmp_path / "pics", 9, None)
     assert config.work == tmp_path / "out" / "a.train"
+
+
+def test_a_base_beside_the_file_is_found_there(tmp_path: Path) -> None:
+    (tmp_path / "bases" / "own").mkdir(parents=True)
+    (tmp_path / "embedded").mkdir()
+    needed = "data: pics\noutput: a.safetensors\ntrigger: zqx\n"
+
+    def told(base: str) -> str:
+        (tmp_path / "job.yaml").write_text(f"{needed}base: {base}\n")
+        return load_config(tmp_path / "job.yaml").base
+
+    assert told("bases/own") == str(tmp_path / "bases" / "own")
+    assert told(str(tmp_path / "bases")) == str(tmp_path / "bases")
+    assert [told(name) for name in ("embedded", "owner/name", "./absent")] == ["embedded", "owner/name", "./absent"]
+    (tmp_path / "job.yaml").write_text(f"{needed}start_from: first.safetensors\n")
+    assert load_config(tmp_path / "job.yaml").start_from == tmp_path / "first.safetensors"
 
 
 def test_unknown_keys_offer_the_near_name() -> None:

@@ -24,7 +24,10 @@ def picture(step: int, lora: Lora) -> list[Image.Image]:
     return [Image.new("RGB", (8, 6), (step, 0, 0))]
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+
+
+@needs_tensorboard
 def test_events_that_tensorboard_reads(configure: Configure) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -71,3 +74,48 @@ def test_a_log_that_cannot_be_written_is_noted_once(tmp_path: Path) -> None:
     journal.pictures(2, [Image.new("RGB", (4, 4))])
     assert len(notes) == 1 and "No space left" in notes[0]
     assert (tmp_path / "previews" / "000002-0.png").exists()
+
+
+@needs_tensorboard
+@pytest.mark.parametrize("broken", ["__init__", "close"])
+def test_a_log_that_cannot_be_opened_or_closed_costs_nothing(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{broken}", full)
+    result = train_concept(configure(tensorboard=True, steps=2), quiet)
+    assert result.path.exists()
+    assert sum("TensorBoard's log cannot be written" in note for note in result.notes) == 1
+
+
+def test_a_log_that_broke_before_is_not_noted_again_at_the_end(tmp_path: Path) -> None:
+    class Full:
+        def add_scalar(self, *args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    notes: list[str] = []
+    journal = Journal(tmp_path, Full(), notes.append)
+    journal.scalars(1, {"loss": 1.0})
+    journal.close()
+    assert len(notes) == 1
+
+
+@needs_tensorboard
+def test_every_rate_is_logged(configure: Configure) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = configure(
+        tensorboard=True, train_text="embedding+lora", block_rates={"up_blocks": 0.5}, schedule="constant", steps=1
+    )
+    train_concept(config, quiet)
+    events = EventAccumulator(str(config.work / "tensorboard"))
+    events.Reload()
+    rates = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.startswith("rate")}
+    assert rates.keys() == {"rate", "rate/unet", "rate/unet-0.5-text", "rate/words"}  # half of the rate is the text's default
+    assert rates["rate/unet"] == pytest.approx(config.learning_rate)
+    assert rates["rate/unet-0.5-text"] == pytest.approx(config.learning_rate / 2)

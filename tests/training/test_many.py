@@ -92,7 +92,7 @@ def test_a_file_that_says_nothing_of_its_training_is_left_alone(folder: Path, sh
     save_file(parts, folder / "xyz.safetensors", {"studio.config": told})
     before = (folder / "xyz.safetensors").read_bytes()
     (outcome,) = train_many(configs_of(folder, **shared), quiet)
-    assert outcome.state == "failed" and "was trained with other values" in outcome.error
+    assert outcome.state == "failed" and "does not say how it was trained" in outcome.error
     assert (folder / "xyz.safetensors").read_bytes() == before
 
 

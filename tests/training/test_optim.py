@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from studio.errors import MissingDependencyError, RequestError
+from studio.errors import MissingDependencyError, RequestError, UnknownNameError
 from tests.training.conftest import Configure
-from training.optim import FINAL_RATE, PACKAGES, check_optimizer, make_optimizer, rate_share
+from training.optim import FINAL_RATE, PACKAGES, check_optimizer, make_optimizer, rate_share, rates
 
 
 def shares(schedule: str, cycles: int = 1) -> list[float]:
@@ -82,10 +82,10 @@ def test_optional_ones_are_used_where_installed(
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_missing_package_is_named(configure: Configure, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("training.optim.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=rf"'{name}' needs the package {PACKAGES[name]}: install it, or use"):
-        check_optimizer(name)
+        check_optimizer(configure(optimizer=name))
 
 
 def test_names_of_other_trainers_and_unknown_ones(configure: Configure) -> None:
@@ -93,3 +93,42 @@ def test_names_of_other_trainers_and_unknown_ones(configure: Configure) -> None:
     assert configure(schedule="constant_with_warmup").schedule == "constant"
     with pytest.raises(RequestError, match="'optimizer' is 'dadapt'"):
         configure(optimizer="DAdapt")
+
+
+def test_arguments_reach_the_optimiser_and_win_over_ours(configure: Configure) -> None:
+    config = configure(optimizer_args={"betas": [0.8, 0.95], "eps": "1e-6", "amsgrad": True})
+    check_optimizer(config)
+    optimizer = make_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.1, "initial_lr": 0.1}])
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.8, 0.95), 1e-6, True)
+    assert group["weight_decay"] == config.weight_decay
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"beta": [0.9, 0.99]}, UnknownNameError, "argument of optimizer 'adamw' 'beta': did you mean 'betas'"),
+        ({"lr": 1e-3}, RequestError, "'lr', which is an option of its own: set learning_rate"),
+        ({"weight_decay": 0.1}, RequestError, "an option of its own: set weight_decay"),
+        ({"params": 1}, UnknownNameError, "'params'"),
+        ({"betas": [2.0, 0.99]}, RequestError, "does not take optimizer_args {'betas': (2.0, 0.99)}: Invalid beta"),
+        ({"betas": "high"}, RequestError, "does not take optimizer_args"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    configure: Configure, arguments: dict[str, Any], error: type[RequestError], said: str
+) -> None:
+    with pytest.raises(error) as caught:
+        check_optimizer(configure(optimizer_args=arguments))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rates_of_all_groups_are_told() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.02)]
+    optimizer = torch.optim.SGD(groups)
+    assert rates(optimizer, ["unet", "text"]) == {"rate": 0.1, "rate/unet": 0.1, "rate/text": 0.02}
+    del optimizer.param_groups[1]
+    assert rates(optimizer, ["unet"]) == {"rate": 0.1}
+    optimizer.param_groups[0]["d"] = torch.tensor(0.5)  # as Prodigy keeps it
+    assert rates(optimizer, ["unet"]) == {"rate": 0.1, "rate/d_lr": 0.05}

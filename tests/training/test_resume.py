@@ -7,15 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from studio.errors import CancelledError
 from studio.lora.files import load_lora
 from tests.training.conftest import Configure
-from training import ConceptConfig
+from training import ConceptConfig, accelerators, train_concept
+from training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -85,13 +90,42 @@ def test_killed_runs_end_with_the_same_bits(job: Path, configure: Configure, tmp
     assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*previews, strict=True))
 
 
+def test_half_precision_goes_on_with_its_scale(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler of a card, here on the CPU: it doubles after every second step, and would start again at 4."""
+    real, scales = accelerators.accelerator_for, []
+
+    @contextmanager
+    def scaled(config: ConceptConfig) -> Iterator[Any]:
+        with real(config) as accelerator:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+            yield accelerator
+            scales.append(accelerator.scaler.state_dict())
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise CancelledError("enough")
+
+    monkeypatch.setattr("training.concept.accelerator_for", scaled)
+    config = configure(steps=6, clip=0)
+    train_concept(config, lambda progress: None)
+    wanted = config.output.read_bytes()
+    config.output.unlink()
+    with pytest.raises(CancelledError):
+        train_concept(config, stop)
+    train_concept(config, lambda progress: None)
+    assert scales[0]["scale"] == 32.0
+    assert scales[-1] == scales[0]
+    assert config.output.read_bytes() == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["none", "embedding+lora"])
 def test_two_processes_learn_what_one_does_with_the_same_rows(configure: Configure, tmp_path: Path, text: str) -> None:
     """The command of docs/training.md, for real: 2 processes x 2 rows against 1 process x 2 rows x 2 accumulated."""
     changes = {"steps": 3, "batch": 2, "save_precision": "fp32", "train_text": text}
     one = configure(output=tmp_path / "one" / "zqx.safetensors", accumulation=2, **changes)
-    two = configure(output=tmp_path / "two" / "zqx.safetensors", **changes)
+    device = "cpu" if torch.cuda.is_available() else "auto"  # where there is nothing else, nobody need say so
+    two = configure(output=tmp_path / "two" / "zqx.safetensors", device=device, **changes)
     launch = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no")
     for config, launcher in ((one, ()), (two, (*launch, "--main_process_port", "0", "-m"))):
         path = tmp_path / f"{config.output.parent.name}.yaml"

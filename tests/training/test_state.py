@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -13,7 +15,7 @@ import torch
 
 from studio.errors import FileError, RequestError
 from training import state
-from training.state import Checkpoint, find, load, random_state_kept, save
+from training.state import Checkpoint, find, load, random_state_kept, save, step_of
 
 OPTIMIZER = {"state": {0: {"step": 1}}, "param_groups": []}
 STATE = Checkpoint(3, {"a": torch.arange(4.0)}, OPTIMIZER, (1.0, 0.5, 0.1), 2.5, {"rank": 4})
@@ -77,6 +79,62 @@ def test_a_cut_off_write_is_ignored(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-000010.part").mkdir()
     assert find(tmp_path) == path
     assert find(tmp_path / "absent") is None
+
+
+def test_a_kill_while_one_takes_the_place_of_its_equal_leaves_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, STATE)
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, replace(STATE, seconds=9.0))
+    monkeypatch.undo()
+    left = find(tmp_path)
+    assert left is not None
+    assert (step_of(left), load(left, {"rank": 4}).seconds) == (3, 2.5)
+    path = save(tmp_path, replace(STATE, seconds=9.0))
+    assert load(path, {"rank": 4}).seconds == 9.0
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
+
+
+def test_the_newest_wins_and_the_whole_one_over_its_predecessor(tmp_path: Path) -> None:
+    path = save(tmp_path, STATE)
+    shutil.copytree(path, tmp_path / "checkpoint-000003.old")
+    assert find(tmp_path) == path
+    shutil.copytree(path, tmp_path / "checkpoint-999999")
+    shutil.copytree(path, tmp_path / "checkpoint-1000000")
+    newest = find(tmp_path)
+    assert newest is not None and step_of(newest) == 1_000_000
+
+
+def test_flushing_asks_only_for_what_every_system_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows flushes no handle that was opened for reading, and opens no folder."""
+    sync, modes = os.fsync, []
+
+    def written(handle: int) -> None:
+        modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE)
+        sync(handle)
+
+    def refused(path: Path, flags: int) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(state.os, "fsync", written)
+    monkeypatch.setattr(state.os, "open", refused)
+    assert save(tmp_path, STATE).is_dir()
+    assert modes == [os.O_RDWR] * 3
+
+
+def test_the_scaler_of_half_precision_is_kept_and_older_ones_have_none(tmp_path: Path) -> None:
+    told = {"scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 7}
+    assert load(save(tmp_path, STATE), {"rank": 4}).scaler == {}
+    assert load(save(tmp_path, replace(STATE, scaler=told)), {"rank": 4}).scaler == told
 
 
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from studio.base import Base, load_base
+from studio.lora.files import read_header
+from tests.training.conftest import Configure
+from training import train_concept
 from training.batches import Captions
+from training.progress import Progress
 from training.text import Reader, cut_captions, known_words
+
+
+def quiet(progress: Progress) -> None:
+    pass
+
 
 LONG = "a frog " * 40
 CAPTIONS = ["a (frog:1.3) BREAK, [on the left]", "", LONG, "a (frog:1.3) BREAK, [on the left]"]
@@ -39,6 +48,26 @@ def test_both_encoders_of_sdxl_are_read(tiny_sdxl: object) -> None:
     states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
     torch.testing.assert_close(read.states, states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(read.pooled, two.text_embeds, atol=1e-5, rtol=1e-5)
+
+
+def test_an_earlier_layer_is_read_as_generation_reads_it(base: Base) -> None:
+    ids = base.tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=base.context_length, return_tensors="pt")
+    with torch.no_grad():
+        layers = base.text_encoder(ids.input_ids, output_hidden_states=True).hidden_states
+        wanted = base.text_encoder.final_layer_norm(layers[-2])
+    numbers = torch.arange(3)
+    for captions in (Captions(base, True, 2), Captions(base, False, 2)):
+        assert [captions.number(text) for text in CAPTIONS] == [0, 1, 2, 0]
+        torch.testing.assert_close(captions.states(numbers).states, wanted[:3], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(Reader(base).read_frozen(CAPTIONS).states, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("text", ["none", "embedding"])
+def test_clip_skip_reaches_the_training(configure: Configure, text: str) -> None:
+    plain = train_concept(configure(train_text=text, steps=1), quiet)
+    skipped = train_concept(configure(train_text=text, steps=1, clip_skip=2, restart=True), quiet)
+    assert skipped.losses != plain.losses
+    assert read_header(skipped.path).metadata["ss_clip_skip"] == "2"
 
 
 @pytest.mark.parametrize("keep", [True, False])
