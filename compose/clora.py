@@ -28,7 +28,7 @@ What is different from the published code, as two ports of it have it:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from compose.attention import Map, Maps
 from compose.bank import Adapter
-from compose.clora_masks import Change, Rule, changed, fused, owned, shares, with_background
+from compose.clora_masks import Change, Rule, alike, changed, fused, owned, shares, with_background
 from compose.contrast import TAU, nt_xent
 from compose.figures import Curves, Figure
 from compose.figures import Maps as Pictures
@@ -55,9 +55,9 @@ from compose.guidance import (
     visits,
     word_maps,
 )
-from compose.maps import mean_map, min_max
+from compose.maps import mean_map, mean_values, min_max
 from compose.options import Count, Share, Strength, from_json, names, numbers
-from compose.plan import AttentionPlan
+from compose.plan import AttentionPlan, Role, Tap, Where
 from compose.routes import per_row
 from compose.run import Options, Run, Step, joined
 from compose.separate import Separate, SeparateOptions, at_once, chunks, known
@@ -87,8 +87,12 @@ class CLoRAOptions(SeparateOptions):
         between: whether the other steps have an update too, as in the paper.
         tau: temperature of the contrast: the smaller, the more the hardest pair of subjects counts; the paper has 0.5.
         masks: when a place belongs to a subject. "max": where a map is over ``threshold`` times its largest value, as in the
-            paper; "range": the same after the map is brought to 0..1; "winner": so, and only where no other is stronger.
+            paper; "range": the same after the map is brought to 0..1; "winner": so, and only where no other is stronger;
+            "alike": to whose loudest tenth a place attends most, over ``threshold`` of what the best does, as ``masked`` finds
+            places.
         threshold: alpha_m, the share of a map's largest value that a place must exceed; the paper has 0.3.
+        find: share of the schedule that is run to find masks, which then stay from the beginning. By default 0: masks are found
+            anew at every step, as in the paper.
         mask_after: share of the schedule before which no masks act and all passes have equal parts; the paper has 0.
         morphology: what is done to masks, in the order dilate, erode, open, close; the paper does nothing.
         base_keeps: whether the pass without LoRAs also has the places of its own nouns, not only those that nobody else has.
@@ -110,6 +114,7 @@ class CLoRAOptions(SeparateOptions):
     tau: Annotated[Finite, Field(gt=0)] = TAU
     masks: Rule = "max"
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    find: Share = 0.0
     mask_after: Share = 0.0
     morphology: tuple[Change, ...] = ()
     base_keeps: bool = False
@@ -120,6 +125,21 @@ class CLoRAOptions(SeparateOptions):
     _names = field_validator("always", "morphology", mode="before")(names)
     _numbers = field_validator("refine", mode="before")(numbers)
     _written = field_validator("triggers", "nouns", mode="before")(from_json)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What passes attend to: ``words [P, n, S, h, w]``, and how cells attend to each other, ``selves [n, N, N]``, the mean over
+    passes, where masks need it.
+    """
+
+    words: Tensor
+    selves: Tensor | None = None
+
+    def mixed(self, other: Seen, share: float) -> Seen:
+        """``share`` of another's, the rest of this one's."""
+        selves = None if self.selves is None or other.selves is None else torch.lerp(self.selves, other.selves, share)
+        return Seen(torch.lerp(self.words, other.words, share), selves)
 
 
 class CLoRA(Separate):
@@ -142,6 +162,7 @@ class CLoRA(Separate):
         self.masks: Tensor | None = None
         self.history: list[tuple[int, Tensor]] = []
         self.variants = None
+        self.found: Seen | None = None
         bank = self.parted(run)
         if bank is None:
             return
@@ -160,6 +181,11 @@ class CLoRA(Separate):
         for concept, variant in zip(self.passes, self.variants.prompts, strict=True):
             with bank.acting(self.only(run, concept)):
                 self.prompts[concept] = run.say(variant)
+        if self.options.find > 0:
+            steps = max(2, round(self.options.find * len(run.timesteps)))
+            finder = Finder(self.options.model_copy(update={"find": 0.0}), steps)
+            run.probe(finder, steps)
+            self.found = finder.mean
         bank.route = self.only(run, None)
 
     def is_always(self, adapter: Adapter) -> bool:
@@ -223,18 +249,18 @@ class CLoRA(Separate):
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
         if self.variants is None:
             return run.forward_guided(x, step.timestep)
-        uncond, cond, maps = self.all_passes(run, x, step)
+        uncond, cond, seen = self.all_passes(run, x, step)
         if self.options.legacy_eps and self.options.between and not self.updates[-1] and self.guides(run, step):
             self.update(run, step)
-        weights = self.weigh(step, maps, x)
+        weights = self.weigh(step, seen if self.found is None else self.found, x)
         if run.explaining and self.masks is not None:
             self.history.append((step.index + 1, self.masks[:, 0].float().cpu()))
         return (None if uncond is None else fused(uncond, weights)), fused(cond, weights)
 
-    def all_passes(self, run: Run, x: Tensor, step: Step) -> tuple[Tensor | None, Tensor, Tensor]:
-        """What every pass predicts, ``[P, n, c, h, w]`` each half, and its maps ``[P, n, S, h, w]`` from the same forwards."""
+    def all_passes(self, run: Run, x: Tensor, step: Step) -> tuple[Tensor | None, Tensor, Seen]:
+        """What every pass predicts, ``[P, n, c, h, w]`` each half, and what it attends to in the same forwards."""
         halves, n = (2 if run.guided else 1), len(x)
-        unconds, conds, maps = [], [], []
+        unconds, conds, words, selves = [], [], [], []
         for some in chunks(self.passes, at_once(run, self.options.chunk)):
             run.check_cancelled()
             rows = [(index * halves + halves - 1) * n + row for index in range(len(some)) for row in range(n)]
@@ -242,28 +268,40 @@ class CLoRA(Separate):
                 uncond, cond = self.each(run, x, step.timestep, some)
             unconds.append(uncond)
             conds.append(cond)
-            maps.append(mean_map(read["words"]).unflatten(0, (len(some), n)))
+            words.append(mean_map(read["words"]).unflatten(0, (len(some), n)))
+            if "self" in read:
+                selves.append(mean_values(read["self"]).unflatten(0, (len(some), n)).sum(0))
         joint = None if unconds[0] is None else torch.cat([each for each in unconds if each is not None])
-        return joint, torch.cat(conds), torch.cat(maps)
+        seen = Seen(torch.cat(words), torch.stack(selves).sum(0) / len(self.passes) if selves else None)
+        return joint, torch.cat(conds), seen
 
-    def weigh(self, step: Step, maps: Tensor, like: Tensor) -> Tensor:
-        """How much of each pass is taken where, ``[P, n, 1, h, w]``, from maps ``[P, n, S, h, w]``."""
-        variants, options = self.variants, self.options
+    def weigh(self, step: Step, seen: Seen, like: Tensor) -> Tensor:
+        """How much of each pass is taken where, ``[P, n, 1, h, w]``."""
+        variants, options, maps = self.variants, self.options, seen.words
         if variants is None or step.fraction < options.mask_after:
             return maps.new_full((len(maps), 1, 1, 1, 1), 1 / len(maps))
         own = [maps[number][:, variants.own(number)] for number in range(len(maps))]
-        subjects = changed(owned(own[1:], options.threshold, options.masks), options.morphology)
+        if seen.selves is None:
+            subjects = owned(own[1:], options.threshold, options.masks)
+        else:
+            subjects = alike(own[1:], seen.selves, options.threshold)
         base = owned(own[:1], options.threshold, options.masks)[0] if options.base_keeps else None
-        self.masks = with_background(subjects, base)
+        self.masks = with_background(changed(subjects, options.morphology), base)
         return shares(self.masks, *like.shape[-2:]).to(like.dtype)
 
     def plan(self, run: Run, some: Sequence[int], n: int, rows: Sequence[int] | None = None) -> AttentionPlan:
-        """Reads the token sets of the passes ``some``, each with ``n`` rows."""
+        """Reads the token sets of the passes ``some``, each with ``n`` rows; with ``rows``, those of predictions, for masks."""
         if self.variants is None:
             raise RuntimeError("a plan without variants")
         sets = self.variants.sets[[self.passes.index(concept) for concept in some]].repeat_interleave(n, 0)
         tap = word_maps(run, "words", sets)
-        return AttentionPlan(taps=(tap if rows is None else replace(tap, rows=tuple(rows)),))
+        if rows is None:
+            return AttentionPlan(taps=(tap,))
+        taps = [replace(tap, rows=tuple(rows))]
+        if self.options.masks == "alike":
+            where = Where(role=Role.SELF, names=run.base.family.map_layers)
+            taps.append(Tap(name="self", where=where, rows=tuple(rows)))
+        return AttentionPlan(taps=tuple(taps))
 
     def loss(self, maps: Maps) -> Tensor:
         """``[n]`` from maps whose rows are those of all passes, one after the other."""
@@ -302,6 +340,24 @@ class CLoRA(Separate):
                 total = total + pulled_back(run, leaf, self.read(run, step, leaf, some), own)
             start = rows.stop
         return value, finite(run, total)
+
+
+class Finder(CLoRA):
+    """The first ``steps`` of a run, to see where its subjects are.
+
+    Attributes after a run: ``mean``: what its second half attended to.
+    """
+
+    def __init__(self, options: CLoRAOptions, steps: int) -> None:
+        super().__init__(options)
+        self.steps, self.looked = steps, 0
+        self.mean: Seen | None = None
+
+    def weigh(self, step: Step, seen: Seen, like: Tensor) -> Tensor:
+        if step.index >= self.steps // 2:
+            self.looked += 1
+            self.mean = seen if self.mean is None else self.mean.mixed(seen, 1 / self.looked)
+        return super().weigh(step, seen, like)
 
 
 def together(parts: Sequence[Maps]) -> Maps:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compose.maps import min_max
+from compose.maps import found_masks, min_max
 
 Change = Literal["dilate", "erode", "open", "close"]
-Rule = Literal["max", "range", "winner"]
-"""How maps become masks: above a share of their largest value (the paper's), of their range, or so and for one subject each."""
+Rule = Literal["max", "range", "winner", "alike"]
+"""How maps become masks: above a share of their largest value (the paper's), of their range, or so and for one subject each; or
+by which subject's loudest cells a cell attends to most (:func:`compose.maps.found_masks`)."""
+SEEDS = 0.1
+"""Share of the cells that are a subject's loudest, for "alike"."""
 
 CHANGES: tuple[Change, ...] = ("dilate", "erode", "open", "close")
 """What may be done to masks, in the published order."""
@@ -41,6 +44,13 @@ def owned(maps: Sequence[Tensor], threshold: float, rule: Rule) -> Tensor:
         return masks
     strength = torch.stack([each.mean(1) for each in maps])
     return masks & (strength == strength.where(masks, -1.0).amax(0))
+
+
+def alike(maps: Sequence[Tensor], selves: Tensor, threshold: float) -> Tensor:
+    """As :func:`owned` for "alike"; ``selves [n, N, N]``: how much each cell attends to each other."""
+    loud = torch.stack([each.mean(1) for each in maps])
+    rows = [found_masks(loud[:, row], own, SEEDS, threshold) for row, own in enumerate(selves)]
+    return torch.stack(rows, 1)
 
 
 def changed(masks: Tensor, changes: Sequence[Change]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention maps made ready to be compared: the mean over layers, smoothing, one range."""
+"""Attention maps made ready to be compared: the mean over layers, smoothing, one range; and places found from them."""
 
 from __future__ import annotations
 
@@ -48,3 +48,30 @@ def min_max(maps: Tensor) -> Tensor:
     """
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
     return (maps - low) / (high - low + _EPS)
+
+
+def found_masks(words: Tensor, selves: Tensor, seeds: float, threshold: float) -> Tensor:
+    """The cells of each LoRA ``[K, h, w]``, no cell of two; each LoRA has at least its best one.
+
+    Args:
+        words: how much each cell attends to each LoRA's words, ``[K, h, w]``.
+        selves: how much each cell (query) attends to each other (key), ``[N, N]``.
+    """
+    count, height, width = words.shape
+    wanted = smoothed(words).flatten(1)
+    wanted = wanted / wanted.amax(1, keepdim=True).clamp(min=1e-12)
+    # A cell may be loud for every word: what counts is by how much a word is louder than the others.
+    lead = wanted - wanted.sum(0) / (count + 1)
+    most = max(1, round(seeds * height * width))
+    alike = torch.stack([selves[:, own.topk(most).indices].mean(1) for own in lead])
+    alike = smoothed(alike.unflatten(1, (height, width))).flatten(1)
+    alike = alike / alike.amax(1, keepdim=True).clamp(min=1e-12)
+    best = alike.argmax(0)
+    masks = torch.stack([(best == index) & (alike[index] >= threshold) for index in range(count)])
+    for index in range(count):
+        if not bool(masks[index].any()):
+            only = masks[masks.sum(1) == 1].any(0)  # not the last cell of another
+            cell = int(lead[index].masked_fill(only, float("-inf")).argmax())
+            masks[:, cell] = False
+            masks[index, cell] = True
+    return masks.unflatten(1, (height, width))

@@ -27,7 +27,7 @@ from compose.attention import Maps
 from compose.bank import Adapter
 from compose.figures import Boxes, Figure
 from compose.figures import Maps as Pictures
-from compose.maps import mean_map, mean_values, smoothed
+from compose.maps import found_masks, mean_map, mean_values
 from compose.options import Share, names
 from compose.plan import AttentionPlan, Isolation, Regional, Regions, RegionText, Role, Tap, Where, columns
 from compose.regions import Layout, Others, Said, Spot, bounds, laid_out, said_by_default, say_everywhere, speaking, spot
@@ -43,8 +43,8 @@ class MaskedOptions(Options):
     Args:
         isolation: whether regions are hidden from each other in self-attention; FreeFuse does not.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt. By default "placed" where
-            regions are drawn, and "whole" where they are found: those may be too rough to tell places.
+            "placed": the prompt as if it had that subject alone, with where it is; "whole": the prompt. By default "placed"
+            where regions are drawn, and "whole" where they are found: those may be too rough to tell places.
         always: LoRAs that act everywhere though no region is drawn; those whose file says that they are styles do so anyway.
         find: share of the schedule that is run to find masks where no regions are drawn; FreeFuse has a third.
         seeds: share of the cells that are the seeds of a LoRA's mask; FreeFuse has 0.1.
@@ -107,33 +107,6 @@ class Probe(Method):
         share = 1 / self._read
         self.words = words if self.words is None else torch.lerp(self.words, words, share)
         self.selves = selves if self.selves is None else torch.lerp(self.selves, selves, share)
-
-
-def found_masks(words: Tensor, selves: Tensor, seeds: float, threshold: float) -> Tensor:
-    """The cells of each LoRA ``[K, h, w]``, no cell of two; each LoRA has at least its best one.
-
-    Args:
-        words: how much each cell attends to each LoRA's words, ``[K, h, w]``.
-        selves: how much each cell (query) attends to each other (key), ``[N, N]``.
-    """
-    count, height, width = words.shape
-    wanted = smoothed(words).flatten(1)
-    wanted = wanted / wanted.amax(1, keepdim=True).clamp(min=1e-12)
-    # A cell may be loud for every word: what counts is by how much a word is louder than the others.
-    lead = wanted - wanted.sum(0) / (count + 1)
-    most = max(1, round(seeds * height * width))
-    alike = torch.stack([selves[:, own.topk(most).indices].mean(1) for own in lead])
-    alike = smoothed(alike.unflatten(1, (height, width))).flatten(1)
-    alike = alike / alike.amax(1, keepdim=True).clamp(min=1e-12)
-    best = alike.argmax(0)
-    masks = torch.stack([(best == index) & (alike[index] >= threshold) for index in range(count)])
-    for index in range(count):
-        if not bool(masks[index].any()):
-            only = masks[masks.sum(1) == 1].any(0)  # not the last cell of another
-            cell = int(lead[index].masked_fill(only, float("-inf")).argmax())
-            masks[:, cell] = False
-            masks[index, cell] = True
-    return masks.unflatten(1, (height, width))
 
 
 class Masked(Method):
@@ -211,8 +184,8 @@ class Masked(Method):
         spots = []
         for index, mask in zip(concepts, masks, strict=True):
             # The middle of its cells, not of the box around them: one stray cell would move that.
-            middle = float((mask.nonzero()[:, 1] + 0.5).mean()) / mask.shape[1]
-            told = said_by_default(prompt, middle, [adapters[index]], others, self.options.prompt or "whole") or prompt
+            y, x = ((mask.nonzero() + 0.5).mean(0) / torch.tensor(mask.shape)).tolist()
+            told = said_by_default(prompt, (x, y), [adapters[index]], others, self.options.prompt or "whole") or prompt
             if (index, told) not in self._spots:
                 self._spots[(index, told)] = spot(run, {index: 1.0}, everywhere, told)
             spots.append(self._spots[(index, told)])

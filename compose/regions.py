@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 
 Said = Literal["placed", "local", "whole"]
 """What a region without a prompt says: "local": its subject, as "trigger class", and what the prompt says about the whole
-picture (see :func:`style_words`); "placed": the same with "on the left" or "on the right" if it is; "whole": the prompt.
+picture (see :func:`style_words`); "placed": the prompt as if it had this subject alone, with where it is before it, as in "a 3d
+render, on the left a zarn animal, blue background"; "whole": the prompt.
 """
 
+HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")
+"""What a picture is, as in "a 3d render of": few words and no place."""
 LEAST = 2
 """Cells of a map layer that a region must reach in width and in height: in fewer, a map says nothing about a place."""
 
@@ -203,7 +206,7 @@ def said_in(run: Run, region: Region, box: Box, own: Sequence[Adapter], others: 
         prompt, notes = with_triggers(region.prompt, own)
         run.notes += [f"region {region.place}: {note}" for note in notes]
         return prompt
-    prompt = said_by_default(whole, (box[0] + box[2]) / 2, own, others, how)
+    prompt = said_by_default(whole, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), own, others, how)
     if not prompt:
         run.notes.append(
             f"the LoRAs of region {region.place} name no trigger: the whole prompt is said there; give it a prompt of its own"
@@ -211,8 +214,8 @@ def said_in(run: Run, region: Region, box: Box, own: Sequence[Adapter], others: 
     return prompt or whole
 
 
-def said_by_default(whole: str, middle: float, own: Sequence[Adapter], others: Others, how: Said) -> str:
-    """What is said around ``middle`` of the picture's width, where the LoRAs ``own`` act, if the picture says ``whole``;
+def said_by_default(whole: str, middle: tuple[float, float], own: Sequence[Adapter], others: Others, how: Said) -> str:
+    """What is said around ``middle`` (x, y, shares of the picture), where the LoRAs ``own`` act, if the picture says ``whole``;
     "" when they name no subject.
     """
     if how == "whole":
@@ -220,28 +223,61 @@ def said_by_default(whole: str, middle: float, own: Sequence[Adapter], others: O
     subjects = [phrase for adapter in own if (phrase := adapter.lora.called)]
     if not subjects:
         return ""
-    where = placed_words(middle) if how == "placed" else ""
-    named = " and ".join(escape(subject) for subject in subjects)
-    return ", ".join([f"{named} {where}".strip(), *style_words(whole, others)])
+    if how == "local":
+        return ", ".join([" and ".join(escape(subject) for subject in subjects), *style_words(whole, others)])
+    named = " and ".join(f"{'an' if subject[0] in 'aeiouAEIOU' else 'a'} {escape(subject)}" for subject in subjects)
+    told = f"{placed_words(*middle)} {named}".strip()
+    about = [None if names_subject else clause for clause, names_subject in clauses(whole, others)]
+    at = about.index(None) if None in about else 0
+    kept = [clause for clause in about if clause is not None]
+    return ", ".join([*kept[:at], told, *kept[at:], *unnamed_styles(kept, others)])
 
 
-def placed_words(middle: float) -> str:
-    """Where something is, in words, whose middle is at ``middle`` of the picture's width."""
-    return "on the left" if middle < 0.4 else "on the right" if middle > 0.6 else ""
+def placed_words(x: float, y: float) -> str:
+    """Where something is, in words, whose middle is at ``x``, ``y``; before its noun, as text encoders that are causal need it.
+
+    What is on a side is said to be there, however high; "" in the middle.
+    """
+    if not 0.4 <= x <= 0.6:
+        return "on the left" if x < 0.5 else "on the right"
+    return "at the top" if y < 0.4 else "at the bottom" if y > 0.6 else ""
 
 
 def style_words(prompt: str, others: Others) -> list[str]:
-    """What a prompt says about the whole picture: its clauses, cut at commas, that name no subject of a region; and how styles
-    are called that it does not name.
+    """What a prompt says about the whole picture: its clauses that name no subject of a region; and how styles are called that
+    it does not name.
     """
-    names = [
-        word for adapter in others.subjects for word in (adapter.lora.trigger, adapter.lora.class_word) if word
-    ]  # fmt: skip
-    clauses = [clause.strip() for clause in re.split(r",(?![^()\[\]]*[)\]])", prompt)]
-    kept = [clause for clause in clauses if clause and not any(says(clause, name) for name in names)]
-    missing = [phrase for adapter in others.styles if (phrase := adapter.lora.called)
-               and not any(says(clause, adapter.lora.trigger or phrase) for clause in kept)]  # fmt: skip
-    return [*kept, *(escape(phrase) for phrase in missing)]
+    kept = [clause for clause, names_subject in clauses(prompt, others) if not names_subject]
+    return [*kept, *unnamed_styles(kept, others)]
+
+
+def clauses(prompt: str, others: Others) -> list[tuple[str, bool]]:
+    """What stands between the commas of a prompt, and whether it names a subject of a region.
+
+    A head such as "a photo", as in "a photo of a cat", is a clause of its own when it names none.
+    """
+    names = [word for adapter in others.subjects for word in (adapter.lora.trigger, adapter.lora.class_word) if word]
+
+    def about(text: str) -> bool:
+        return any(says(text, name) for name in names)
+
+    found: list[tuple[str, bool]] = []
+    for clause in (part.strip() for part in re.split(r",(?![^()\[\]]*[)\]])", prompt)):
+        head, of, _ = clause.partition(" of ")
+        if of and about(clause) and not about(head) and HEAD.fullmatch(head):
+            found.append((head, False))
+        if clause:
+            found.append((clause, about(clause)))
+    return found
+
+
+def unnamed_styles(said: Sequence[str], others: Others) -> list[str]:
+    """How styles are called that no clause of ``said`` names."""
+    return [
+        escape(phrase)
+        for adapter in others.styles
+        if (phrase := adapter.lora.called) and not any(says(clause, adapter.lora.trigger or phrase) for clause in said)
+    ]
 
 
 def targets_of(

@@ -6,6 +6,7 @@ A place may stand before or after its noun, half and half: a causal text encoder
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 
@@ -14,6 +15,14 @@ from studio.art.backgrounds import PHRASES
 from studio.art.scenes import Placement, Scene, place_of
 
 SYNONYM_RATE = 0.3
+#: Where a subject stands, in words; the one in the centre needs none.
+PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+ONSETS = (
+    "b", "bl", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kr", "l", "m",
+    "n", "p", "pl", "qu", "r", "s", "sk", "t", "tr", "v", "w", "y", "z",
+)  # fmt: skip
+VOWELS = ("a", "e", "i", "o", "u")
+CODAS = ("", "b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "rn", "sk", "t", "v", "x", "z")
 
 
 def article(noun: str) -> str:
@@ -31,6 +40,23 @@ def random_noun(concept: str, rng: np.random.Generator) -> str:
     if synonyms and concept in splits().named and rng.random() < SYNONYM_RATE:
         return str(rng.choice(list(synonyms)))
     return plain_noun(concept)
+
+
+@cache
+def words() -> frozenset[str]:
+    """Every word that names something in this world."""
+    named = concepts()
+    texts = [*named, *(c.class_word for c in named.values()), *(s for c in named.values() for s in c.synonyms)]
+    return frozenset(word for text in texts for word in text.lower().replace("-", " ").split())
+
+
+def made_up_word(rng: np.random.Generator) -> str:
+    """A word of one or two syllables that names nothing, like the triggers people choose."""
+    while True:
+        syllables = 2 if rng.random() < 0.3 else 1
+        word = "".join(str(rng.choice(part)) for _ in range(syllables) for part in (ONSETS, VOWELS, CODAS))
+        if len(word) > 2 and word not in words():
+            return word
 
 
 def caption(
@@ -66,6 +92,8 @@ def _subject(
     else:
         noun = random_noun(item.concept, rng) if rng else plain_noun(item.concept)
     place = place_of(item, scene.side) if scene.side >= 48 else "center"
+    if place == "center" and len(scene.items) == 3 and rng and rng.random() < 0.5:
+        place = "top" if item.y < scene.side / 2 else "bottom"
     return article(noun), place
 
 
@@ -87,8 +115,8 @@ def compose_caption(
     place_first = before() if place_first is None else place_first
     parts = []
     for noun, place in subjects:
-        where = f"on the {place}"
-        parts.append(noun if place == "center" else f"{where} {noun}" if place_first else f"{noun} {where}")
+        where = PLACES.get(place)
+        parts.append(noun if where is None else f"{where} {noun}" if place_first else f"{noun} {where}")
     picture = " and ".join(parts)
     if style:
         placed_first = place_first and any(place != "center" for _, place in subjects)

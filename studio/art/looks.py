@@ -38,6 +38,8 @@ SEEN: dict[str, str] = {
 """Looks in the base model's training data -> the words of its captions."""
 BASE = tuple(SEEN)
 PHRASES: dict[str, str] = {**HELDOUT, **SEEN}
+LUMA = np.array([0.299, 0.587, 0.114])
+"""Share of red, green and blue in a pixel's lightness."""
 
 
 def apply_look(look: str, rgba: np.ndarray) -> np.ndarray:
@@ -84,7 +86,7 @@ def _luminance(rgba: np.ndarray) -> np.ndarray:
     """Luma over white, ``[h, w]`` in 0..1."""
     alpha = rgba[..., 3:] / 255.0
     over_white = rgba[..., :3] / 255.0 * alpha + (1 - alpha)
-    return over_white @ np.array([0.299, 0.587, 0.114])
+    return over_white @ LUMA
 
 
 def _edges(rgba: np.ndarray) -> np.ndarray:
@@ -153,8 +155,7 @@ def _pastel(rgba: np.ndarray) -> np.ndarray:
 
 
 def _gray(rgb: np.ndarray) -> np.ndarray:
-    luma = rgb @ np.array([0.299, 0.587, 0.114])
-    return np.repeat(luma.round().astype(np.uint8)[..., None], 3, -1)
+    return np.repeat((rgb @ LUMA).round().astype(np.uint8)[..., None], 3, -1)
 
 
 def _ink(rgba: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Training the LoRAs of the testbed: each from eight pictures of the art, as a user would, in about two minutes of one core.
+"""Training the LoRAs of the testbed: each from eight pictures of the art, as a user would, in about three minutes of one core.
 
     python -m tests.bench.compose train --loras outputs/testbed/loras --jobs 2
 
@@ -27,12 +27,10 @@ from studio.errors import RequestError
 from tests.bench.combinations import LORAS, STYLE, Role, Taught
 
 PICTURES = 8
-STEPS = 250
-"""Of a subject, an object or a background."""
 ROLES: dict[Role, dict[str, Any]] = {
     # Shown on eight known subjects, it must learn what they have in common; held to the base, it would learn nothing.
     "accessory": {"steps": 300, "rank": 16, "targets": "all", "prior": "none"},
-    "look": {"steps": 300, "rank": 16},
+    "background": {"steps": 250},
 }
 """What a role needs beside the trainer's defaults."""
 
@@ -131,7 +129,7 @@ def teach_one(taught: Taught, folder: Path, base: str, **chosen: Any) -> float:
 def teach(name: str, folder: str, base: str, steps: int) -> float:
     """Train one LoRA of the testbed; seconds. ``steps`` 0: what its role needs."""
     taught = LORAS[name]
-    chosen = {"steps": STEPS} | ROLES.get(taught.role, {}) | ({"steps": steps} if steps else {})
+    chosen = ROLES.get(taught.role, {}) | ({"steps": steps} if steps else {})
     return teach_one(taught, Path(folder), base, **chosen)
 
 

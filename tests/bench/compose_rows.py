@@ -62,6 +62,8 @@ WEIGHTS: tuple[Options, ...] = tuple({WEIGHT: weight} for weight in (1, 1.5, 2))
 """For methods in which each LoRA acts for a part only."""
 FOUND: Options = {"masks": "winner", "threshold": 0.4}
 """CLoRA's masks where the maps of a small base overlap: each place to the subject that is loudest there."""
+STAYING: Options = {"masks": "alike", "threshold": 0.5, "find": 0.3}
+"""Masks found once, as ``masked`` finds its own."""
 UNIT: Options = {"unit": "noise"}
 FEW: tuple[Literal["subjects", "others"], ...] = ("subjects",)
 
@@ -79,7 +81,8 @@ _CLORA = Row(
         {},
         FOUND,
         {**FOUND, **UNIT, "step": 0.03},
-        {**FOUND, **UNIT, "step": 0.08},
+        {**STAYING, **UNIT, "step": 0.03},
+        {**STAYING, "step": 0},
     ),
 )
 _COMPOSER = Row(
@@ -87,7 +90,7 @@ _COMPOSER = Row(
     "lora-composer",
     boxes=True,
     kinds=FEW,
-    candidates=({}, {GROW: 0.2}, {GROW: 0.1, "prompt": "whole"}, {GROW: 0.1, "prompt": "whole", "step": 2}),
+    candidates=({}, {GROW: 0.1}, {GROW: 0.1, "prompt": "whole"}, {GROW: 0.1, WEIGHT: 1.25}),
 )
 
 ROWS: dict[str, Row] = {
@@ -121,21 +124,21 @@ ROWS: dict[str, Row] = {
             "masked-found",
             "masked",
             kinds=FEW,
-            candidates=({}, {"threshold": 0}, {"threshold": 0.3}, {"isolation": True}),
+            candidates=({}, {"threshold": 0}, {"isolation": True}),
         ),
         Row(
             "masked",
             "masked",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {GROW: 0.2}, {"prompt": "whole"}, {GROW: 0.1, "prompt": "whole"}),
+            candidates=({}, {GROW: 0.1}, {GROW: 0.1, "prompt": "whole"}, {GROW: 0.1, "prompt": "whole", "isolation": True}),
         ),
         Row(
             "regional",
             "regional",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {GROW: 0.1}, {GROW: 0.2}),
+            candidates=({}, {GROW: 0.1}, {GROW: 0.1, "prompt": "whole"}),
         ),
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,
@@ -147,6 +150,7 @@ ROWS: dict[str, Row] = {
         _part("cmlora-renewed", _CMLORA, max_age=3),
         _part("clora-unguided", _CLORA, step=0),
         _part("clora-unmasked", _CLORA, mask_after=1),
+        _part("clora-anew", _CLORA, find=0),
         _part("composer-unguided", _COMPOSER, step=0),
         _part("composer-open", _COMPOSER, isolation=False),
         _part("composer-own-noise", _COMPOSER, reinit=False),

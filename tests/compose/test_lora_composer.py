@@ -73,7 +73,7 @@ def close(one: Tensor, other: Tensor, within: float = 1e-4) -> bool:
 def test_one_region_over_everything_is_the_filtered_lora_and_the_local_prompt(
     sample: Sample, pair: list[Adapter], index: int
 ) -> None:
-    adapter, local = pair[index], "sks cat" if index == 0 else "red dog"
+    adapter, local = pair[index], "a sks cat" if index == 0 else "a red dog"
     expected = sample(None, [cross_only(adapter)], prompt=local)
     # Isolation has nothing to hide from one region.
     got = sample(LoraComposer.of(**PAPER), [adapter], prompt=PROMPT, regions=regions(f"{adapter.name}@{WHOLE}"))
@@ -82,7 +82,7 @@ def test_one_region_over_everything_is_the_filtered_lora_and_the_local_prompt(
 
 
 def test_one_masked_region_over_everything_is_the_whole_lora(sample: Sample, pair: list[Adapter]) -> None:
-    expected = sample(None, pair[1:], prompt="red dog")
+    expected = sample(None, pair[1:], prompt="a red dog")
     got = sample(
         LoraComposer.of(injection="masked_all", step=0, reinit=False), pair[1:], prompt=PROMPT,
         regions=regions(f"dog@{WHOLE}"),
@@ -122,7 +122,7 @@ def test_equal_overlapping_regions_are_one_and_their_order_does_not_matter(
 
 def test_a_lora_that_no_region_names_acts_everywhere(sample: Sample, pair: list[Adapter], make_lora: MakeLora) -> None:
     style = Adapter("night", make_lora(3, "attn1 attn2 ff.net", size=0.2, trigger="style", kind="style"))
-    expected = sample(None, [cross_only(pair[1]), style], prompt="red dog, style")
+    expected = sample(None, [cross_only(pair[1]), style], prompt="a red dog, style")
     got = sample(LoraComposer.of(**PAPER), [pair[1], style], prompt=PROMPT, regions=regions(f"dog@{WHOLE}"))
     assert close(got, expected)
 
@@ -381,7 +381,7 @@ def test_words_that_a_lora_carries_for_each_layer_speak_in_its_region(base: Base
     method, whole = LoraComposer.of(**PAPER), regions(f"cat@{WHOLE}")
     filtered = replace(cross_only(own), lora=replace(cross_only(own).lora, tokens=own.lora.tokens))
     got = of(method, own, PROMPT, regions=whole)
-    assert close(got, of(None, filtered, "sks cat"))
+    assert close(got, of(None, filtered, "a sks cat"))
     assert not close(got, of(method, pair[0], PROMPT, reading=Reading(), regions=whole), 1e-2)
     guided = of(LoraComposer.of(step=1), own, PROMPT, regions=regions(f"cat@{LEFT}"))
     assert bool(guided.isfinite().all())

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from compose.attention import attention_layers
 from compose.bank import Adapter, LoraBank
-from compose.masked import Masked, found_masks
+from compose.maps import found_masks
+from compose.masked import Masked
 from compose.routes import Grid, Placed, constant, spatial
 from compose.run import Run, Step
 from studio.base import Base
@@ -71,7 +72,7 @@ def test_one_region_over_everything_is_its_lora_alone(sample: Sample, pair: list
             sample(Masked.of(isolation=True, prompt="whole"), [adapter], prompt=PROMPT, regions=whole, seeds=[0, 7]), expected
         )
     local = sample(Masked.of(), pair[1:], prompt=PROMPT, regions=(Region.parse("dog@0,0,1,1"),))
-    assert close(local, sample(None, pair[1:], prompt="red dog"))
+    assert close(local, sample(None, pair[1:], prompt="a red dog"))
 
 
 def test_without_strength_it_is_the_base(sample: Sample, pair: list[Adapter]) -> None:

@@ -75,7 +75,7 @@ def test_one_region_over_everything_is_its_lora_alone(sample: Sample, pair: list
             passes.append(run.passes.whole)
 
     got = sample(Counted.of(), pair[1:], prompt=PROMPT, regions=whole)
-    assert close(got, sample(None, pair[1:], prompt="red dog"))
+    assert close(got, sample(None, pair[1:], prompt="a red dog"))
     assert passes == [2, 4, 6, 8, 10]  # a background that shows nowhere costs nothing
     told = sample(Regional.of(prompt="whole"), pair[1:], prompt=PROMPT, regions=whole)
     assert close(told, sample(None, pair[1:], prompt=PROMPT))

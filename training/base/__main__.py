@@ -12,6 +12,11 @@ from training.base.loop import Run, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 Work = Annotated[Path, typer.Option(help="Folder of checkpoints, outside version control.")]
+NamedA = Annotated[float, typer.Option(help="Share of subjects that belong to the first 24 named concepts.")]
+NamedB = Annotated[float, typer.Option(help="Share of the further 24.")]
+Pairs = Annotated[float, typer.Option(min=0, max=1, help="Share of scenes with two subjects.")]
+Triples = Annotated[float, typer.Option(min=0, max=1, help="Share of scenes with three.")]
+MadeUp = Annotated[float, typer.Option(min=0, max=1, help="Share of nouns behind a word that means nothing, as triggers do.")]
 Looks = Annotated[float, typer.Option(min=0, max=1, help="Share of pictures in one of the looks the base may see.")]
 Minutes = Annotated[float, typer.Option(help="Stop this sitting after so many minutes; run again to go on.")]
 
@@ -62,8 +67,24 @@ def vae(
 
 
 @app.command()
-def text(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 150_000, batch: int = 64) -> None:
+def text(
+    work: Work = Path("work"),
+    minutes: Minutes = 1e9,
+    items: int = 150_000,
+    batch: int = 64,
+    rate: float = 3e-3,
+    named_a: NamedA = 0.4,
+    named_b: NamedB = 0.4,
+    pairs: Pairs = 0.5,
+    triples: Triples = 0.0,
+    looks: Looks = 0.0,
+    made_up: MadeUp = 0.0,
+    after: Annotated[
+        Path | None, typer.Option(help="Go on from the text side trained in this other folder, with its sketcher and heads.")
+    ] = None,
+) -> None:
     """Step 2: the text side."""
+    from training.base import checkpoint
     from training.base import text as part
     from training.base.data import Mixture
 
@@ -71,20 +92,15 @@ def text(work: Work = Path("work"), minutes: Minutes = 1e9, items: int = 150_000
     words = part.tokenizer()
     model = part.Objective(part.build(len(words), words.bos_token_id, words.eos_token_id))
     run = Run(
-        work=work,
-        name="text",
-        items=items,
-        batch=batch,
-        rate=3e-3,
-        adam_rate=1e-3,
-        minutes=minutes,
-        warmup=50,
+        work=work, name="text", items=items, batch=batch, rate=rate, adam_rate=rate / 3, minutes=minutes, warmup=50,
         weight_decay=0.01,
-    )
-    mixture = Mixture(named_a=0.4, named_b=0.4)
+    )  # fmt: skip
+    if after is not None and not checkpoint.exists(run.folder):
+        model.load_state_dict(checkpoint.load(after / "text")[0]["ema"])
+    mixture = Mixture(named_a=named_a, named_b=named_b, pairs=pairs, triples=triples, looks=looks, made_up=made_up)
     average = train(model, lambda step, rank: part.batch_at(step, rank, batch, mixture), run)
     model.load_state_dict(average)
-    print(part.scores(model.eval()))
+    print(part.scores(model.eval(), mixture))
 
 
 @app.command()
@@ -96,13 +112,14 @@ def unet(
     batch: int = 64,
     rate: float = 2e-3,
     channels: int = 8,
-    named_a: Annotated[float, typer.Option(help="Share of subjects that belong to the first 24 named concepts.")] = 0.6,
-    named_b: Annotated[float, typer.Option(help="Share of the further 24.")] = 0.22,
-    pairs: Annotated[float, typer.Option(min=0, max=1, help="Share of scenes with two subjects.")] = 0.5,
-    triples: Annotated[float, typer.Option(min=0, max=1, help="Share of scenes with three.")] = 0.0,
+    named_a: NamedA = 0.6,
+    named_b: NamedB = 0.22,
+    pairs: Pairs = 0.5,
+    triples: Triples = 0.0,
     looks: Looks = 0.0,
+    made_up: MadeUp = 0.0,
     init: Annotated[
-        Path | None, typer.Option(help="Go on from a finished base folder; a VAE in WORK takes the place of its own.")
+        Path | None, typer.Option(help="Go on from a finished base folder; the parts in WORK take the place of its own.")
     ] = None,
 ) -> None:
     """Step 3: the UNet, on latents and caption states of the finished parts."""
@@ -113,12 +130,8 @@ def unet(
     from training.base.data import Mixture
 
     torch.manual_seed(2)
-    if init is None:
-        vae, text, network = assemble.load_vae(work, channels), assemble.load_text(work), part.build(channels)
-    else:
-        vae, text, network = assemble.load_parts(init)
-        if checkpoint.exists(work / f"vae{channels}"):
-            vae = assemble.load_vae(work, channels)
+    vae, text = assemble.finished(work, init, channels)
+    network = assemble.load_parts(init)[2] if init else part.build(channels)
     model = part.Objective(network)
     run = Run(
         work=work, name=f"unet{stage}", items=items, batch=batch, rate=rate, adam_rate=rate / 3, minutes=minutes,
@@ -128,7 +141,8 @@ def unet(
         groups, _ = checkpoint.load(work / "unet1")
         model.load_state_dict(groups["ema"])
     mixture = Mixture(
-        named_a=named_a, named_b=named_b, pairs=pairs, triples=triples, looks=looks, side=32 if stage == 1 else 64
+        named_a=named_a, named_b=named_b, pairs=pairs, triples=triples, looks=looks, made_up=made_up,
+        side=32 if stage == 1 else 64,
     )  # fmt: skip
     pool = part.Pool(vae, text, mixture, vae.config.scaling_factor)
     train(model, part.batch_source(pool, batch, PartialState(cpu=not torch.cuda.is_available()).num_processes), run)
@@ -144,13 +158,9 @@ def save(
     init: Annotated[Path | None, typer.Option(help="Take from this base folder what WORK lacks.")] = None,
 ) -> None:
     """Put the parts trained so far into a stock diffusers folder OUT."""
-    from training.base import assemble, checkpoint
+    from training.base import assemble
 
-    vae, text, _ = assemble.load_parts(init) if init else (None, None, None)
-    if vae is None or checkpoint.exists(work / f"vae{channels}"):
-        vae = assemble.load_vae(work, channels)
-    if text is None or checkpoint.exists(work / "text"):
-        text = assemble.load_text(work)
+    vae, text = assemble.finished(work, init, channels)
     pipe = assemble.pipeline(vae, text, assemble.load_unet(work, part, channels))
     print(assemble.save(pipe, out, name))
 

@@ -59,6 +59,16 @@ def load_parts(folder: Path) -> tuple[AutoencoderKL, CLIPTextModel, UNet2DCondit
     return vae_model.float().eval(), text_model.float().eval(), unet_model.float()
 
 
+def finished(work: Path, init: Path | None, channels: int = 8) -> tuple[AutoencoderKL, CLIPTextModel]:
+    """VAE and text encoder trained in ``work``; what it lacks, from the base folder ``init``."""
+    own_vae, own_text = (
+        init is None or checkpoint.exists(work / f"vae{channels}"),
+        init is None or checkpoint.exists(work / "text"),
+    )
+    vae_model, text_model = load_parts(init)[:2] if init else (None, None)
+    return load_vae(work, channels) if own_vae else vae_model, load_text(work) if own_text else text_model
+
+
 def pipeline(vae_model: AutoencoderKL, text_model: CLIPTextModel, unet_model: UNet2DConditionModel) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae_model, text_encoder=text_model, tokenizer=text.tokenizer(), unet=unet_model, scheduler=scheduler(),

@@ -8,7 +8,7 @@ import numpy as np
 
 from studio.art.atlas import splits
 from studio.art.backgrounds import BASE
-from studio.art.captions import caption
+from studio.art.captions import caption, made_up_word, random_noun
 from studio.art.looks import BASE as LOOKS
 from studio.art.looks import SEEN
 from studio.art.scenes import SIDE, Scene, sample_scene
@@ -19,6 +19,8 @@ class Mixture:
     """Shares of the subjects, of pairs and triples, and of looks.
 
     What is left of the first two shares goes to subjects known by class word only, of ``pairs`` and ``triples`` to single ones.
+    ``made_up`` of the nouns stand behind a word that means nothing, as in "a zarn animal": otherwise a prompt with triggers
+    is longer than any the base has seen with as many subjects, and it draws one more.
     """
 
     named_a: float = 0.55
@@ -26,6 +28,7 @@ class Mixture:
     pairs: float = 0.5
     triples: float = 0.0
     looks: float = 0.0
+    made_up: float = 0.0
     drop: float = 0.08
     side: int = SIDE
 
@@ -58,4 +61,6 @@ def sample(rng: np.random.Generator, mixture: Mixture) -> tuple[Scene, str]:
             names.append(name)
     look = random_look(rng, mixture.looks)
     scene = sample_scene(rng, names, BASE, look=look, side=mixture.side)
-    return scene, caption(scene, rng, style_phrase=look and SEEN[look], drop=mixture.drop)
+    called = [name for name in names if mixture.made_up and rng.random() < mixture.made_up]
+    nouns = {name: f"{made_up_word(rng)} {random_noun(name, rng)}" for name in called}
+    return scene, caption(scene, rng, nouns, style_phrase=look and SEEN[look], drop=mixture.drop)

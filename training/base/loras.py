@@ -60,5 +60,6 @@ def teach(example: Example, out: Path, base: str) -> Path:
             class_word=example.class_word,
             rank=RANK,
             checkpoint_every=0,
+            restart=True,
         )
         return train_concept(config).path

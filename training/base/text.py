@@ -12,6 +12,7 @@ Why not a contrastive image tower, as CLIP's: the thumbnail carries the same vis
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -128,8 +129,9 @@ def batch_at(step: int, rank: int, size: int, mixture: Mixture) -> Batch:
         thumbnails[i] = cv2.resize(render(scene).image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
         for item in scene.items:
             labels[f"{place_of(item, scene.side)}_subject"][i] = concepts()[item.concept].index
-        labels["style"][i] = styles.index(scene.items[0].style)
-        labels["background"][i] = backgrounds.index(scene.background)
+        if scene.look is None:  # a look hides both
+            labels["style"][i] = styles.index(scene.items[0].style)
+            labels["background"][i] = backgrounds.index(scene.background)
     phrases, vectors = words.load()
     picked = rng.integers(0, len(phrases), size // 2)
     bare = [f"{rng.choice(['', 'a ', 'the '])}{phrases[p]}" for p in picked]
@@ -144,9 +146,9 @@ def batch_at(step: int, rank: int, size: int, mixture: Mixture) -> Batch:
 
 
 @torch.no_grad()
-def scores(objective: Objective, count: int = 512, seed: int = 9) -> dict[str, float]:
-    """Accuracy of each head on fresh captions of named concepts."""
-    batch = batch_at(seed, 999, count, Mixture(named_a=0.5, named_b=0.5, drop=0.0))
+def scores(objective: Objective, mixture: Mixture, count: int = 512, seed: int = 9) -> dict[str, float]:
+    """Accuracy of each head on fresh captions of named concepts, otherwise mixed as in ``mixture``."""
+    batch = batch_at(seed, 999, count, replace(mixture, named_a=0.5, named_b=0.5, drop=0.0))
     pooled = objective.text(batch.ids).pooler_output
     out = {}
     for name, head in objective.heads.items():

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
-from studio.art.atlas import splits
+from studio.art import captions
+from studio.art.atlas import concepts, splits
+from studio.art.captions import article
 from studio.art.looks import SEEN
-from training.base import checkpoint
+from studio.paths import assets
+from training.base import assemble, checkpoint
 from training.base.data import Mixture, sample
 from training.base.loop import Run, rate_at, train
 from training.base.muon import Muon, orthogonalise, parameter_groups
@@ -122,3 +128,42 @@ def test_a_mixture_with_triples_and_looks() -> None:
     assert abs(len(redrawn) / len(drawn) - 0.25) < 0.07 and {look for look, _ in redrawn} == set(SEEN)
     assert any(SEEN[look] in text for look, text in redrawn)
     assert not any(scene.look for scene, _ in [sample(rng, Mixture()) for _ in range(50)])
+
+
+def test_nouns_stand_behind_words_that_mean_nothing() -> None:
+    rng = np.random.default_rng(2)
+    unnamed = Mixture(named_a=0, named_b=0, pairs=0, drop=0)
+    for scene, text in [sample(rng, replace(unnamed, made_up=1)) for _ in range(60)]:
+        class_word = concepts()[scene.items[0].concept].class_word
+        word = text.split(f" {class_word}")[0].split()[-1]
+        assert word not in captions.words() and f"{word} {class_word}" in text
+    bare = [sample(rng, unnamed) for _ in range(20)]
+    assert all(article(concepts()[scene.items[0].concept].class_word) in text for scene, text in bare)
+    named = [sample(rng, Mixture(named_a=1, pairs=0, drop=0, made_up=1)) for _ in range(20)]
+    assert not any(re.search(rf"\b{article(scene.items[0].concept)}\b", text) for scene, text in named)
+
+
+def test_the_third_subject_is_said_to_be_at_the_top_or_the_bottom_half_the_time() -> None:
+    rng = np.random.default_rng(3)
+    said = 0
+    for _ in range(200):
+        scene, text = sample(rng, Mixture(pairs=0, triples=1, named_a=1))
+        third, row = scene.items[2], scene.items[0]
+        place = "at the top" if third.y < row.y else "at the bottom"
+        other = "at the bottom" if third.y < row.y else "at the top"
+        assert other not in text and "on the left" in text and "on the right" in text
+        said += place in text
+    assert 70 < said < 130
+
+
+def test_a_base_taught_on_takes_the_parts_of_its_own_run_first(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        assemble.finished(tmp_path, None)
+    taken = assemble.finished(tmp_path, assets() / "base")
+    kept = assemble.load_parts(assets() / "base")
+    for part, other in zip(taken, kept[:2], strict=True):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in part.state_dict().items())
+    groups = {"ema": {f"text.{k}": v + 1 for k, v in kept[1].state_dict().items()}}
+    checkpoint.save(tmp_path / "text", groups, {"items": 1})
+    changed = assemble.finished(tmp_path, assets() / "base")[1].state_dict()
+    assert all(torch.equal(changed[name], value + 1) for name, value in kept[1].state_dict().items())
