@@ -88,10 +88,14 @@ def save(pipe: StableDiffusionPipeline, folder: Path, name: str, facts: dict[str
     pipe.save_pretrained(folder, safe_serialization=True)
     for module in half.values():
         module.float()
-    config = folder / "text_encoder" / "config.json"
-    content = json.loads(config.read_text("utf-8"))
-    content.pop("torch_dtype", None)
-    config.write_text(json.dumps({**content, "dtype": "float32"}, indent=2) + "\n", "utf-8")
+    for part in WEIGHTED:
+        config = folder / part / "config.json"
+        content = json.loads(config.read_text("utf-8"))
+        for name in ("_name_or_path", "torch_dtype"):  # where it was loaded from is nobody's business
+            content.pop(name, None)
+        if part == "text_encoder":
+            content["dtype"] = "float32"
+        config.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     digest = weights_sha256(folder)
     record = {"name": name, "family": "embedded", "sha256": digest, **(facts or {})}
     (folder / "studio.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")

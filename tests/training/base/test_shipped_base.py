@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from studio.base import weights_sha256
 from studio.paths import assets
+from training.base import assemble
 
 BASE = assets() / "base"
 
@@ -72,3 +74,25 @@ def test_the_text_side_knows_subjects_places_and_words() -> None:
     synonym = pooled("a 3d model of a toad on the left, blue background")
     for other in ("a 3d render of a car on the left, blue background", "a 3d render of a frog on the right, blue background"):
         assert cosine(frog, synonym, dim=0) > cosine(frog, pooled(other), dim=0)
+
+
+def test_what_is_saved_is_what_was_loaded_and_says_nothing_of_where(tmp_path: Path) -> None:
+    digest = assemble.save(assemble.pipeline(*assemble.load_parts(BASE)), tmp_path, "again")
+    assert digest == weights_sha256(BASE)
+    for part in assemble.WEIGHTED:
+        told = (tmp_path / part / "config.json").read_text("utf-8")
+        assert json.loads(told) == json.loads((BASE / part / "config.json").read_text("utf-8"))
+        assert "_name_or_path" not in told
+
+
+@pytest.mark.slow
+def test_a_word_that_means_nothing_is_no_third_thing() -> None:
+    from pipelines import generate
+    from tests.bench.judge import Judge
+
+    judge = Judge(names=("frog", "apple", "car", "castle", "owl"))
+    counts = []
+    for seed in range(4):
+        picture = generate("a 3d render, on the left a zarn frog and on the right an apple", seed=seed).images[0]
+        counts.append(sum(finding.score >= judge.tau for finding in judge.findings(picture)[0]))
+    assert counts.count(2) >= 3
