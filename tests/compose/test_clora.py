@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from compose.bank import Adapter
-from compose.clora import BASE, CLoRA, CLoRAOptions
+from compose.clora import BASE, CLoRA, CLoRAOptions, Seen
 from compose.clora_masks import above
 from compose.denoise import guide
 from compose.run import Method, Run, Step
@@ -140,20 +140,20 @@ def test_masks_come_from_each_pass_of_its_own_words(sample: Sample, two: list[Ad
     """Put together by hand from the maps of the last forward."""
 
     class Watched(Kept):
-        def weigh(self, step: Step, maps: Tensor, like: Tensor) -> Tensor:
-            weights = super().weigh(step, maps, like)
+        def weigh(self, step: Step, seen: Seen, like: Tensor) -> Tensor:
+            weights = super().weigh(step, seen, like)
             if step.index == 4:
-                one = above(maps[1][:, [0, 2]], 0.98)
-                other = above(maps[2][:, [1, 2]], 0.98)
+                one = above(seen.words[1][:, [0, 2]], 0.98)
+                other = above(seen.words[2][:, [1, 2]], 0.98)
                 masks = torch.stack([~(one | other), one, other]).float()
                 wide = masks.repeat_interleave(2, -1).repeat_interleave(2, -2)
                 torch.testing.assert_close(weights[:, :, 0], wide / wide.sum(0))
-                self.seen = (one.float().mean(), other.float().mean())
+                self.filled = (one.float().mean(), other.float().mean())
             return weights
 
     method = Watched.of(step=0, threshold=0.98)
     sample(method, two, prompt=PROMPT, seeds=[0, 1])
-    assert all(0 < share <= 1 for share in method.seen) and min(method.seen) < 1
+    assert all(0 < share <= 1 for share in method.filled) and min(method.filled) < 1
     wide, narrow = (CLoRA.of(step=0, threshold=t) for t in (0.0, 0.95))
     for each in (wide, narrow):
         sample(each, two, prompt=PROMPT)
