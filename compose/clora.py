@@ -252,13 +252,14 @@ class CLoRA(Separate):
         uncond, cond, seen = self.all_passes(run, x, step)
         if self.options.legacy_eps and self.options.between and not self.updates[-1] and self.guides(run, step):
             self.update(run, step)
-        weights = self.weigh(step, seen if self.found is None else self.found, x)
+        weights = self.weigh(step, seen, x)
         if run.explaining and self.masks is not None:
             self.history.append((step.index + 1, self.masks[:, 0].float().cpu()))
         return (None if uncond is None else fused(uncond, weights)), fused(cond, weights)
 
     def all_passes(self, run: Run, x: Tensor, step: Step) -> tuple[Tensor | None, Tensor, Seen]:
-        """What every pass predicts, ``[P, n, c, h, w]`` each half, and what it attends to in the same forwards."""
+        """What every pass predicts, ``[P, n, c, h, w]`` each half, and what it attends to in the same forwards, unless that was
+        found before."""
         halves, n = (2 if run.guided else 1), len(x)
         unconds, conds, words, selves = [], [], [], []
         for some in chunks(self.passes, at_once(run, self.options.chunk)):
@@ -268,12 +269,15 @@ class CLoRA(Separate):
                 uncond, cond = self.each(run, x, step.timestep, some)
             unconds.append(uncond)
             conds.append(cond)
-            words.append(mean_map(read["words"]).unflatten(0, (len(some), n)))
+            if "words" in read:
+                words.append(mean_map(read["words"]).unflatten(0, (len(some), n)))
             if "self" in read:
                 selves.append(mean_values(read["self"]).unflatten(0, (len(some), n)).sum(0))
         joint = None if unconds[0] is None else torch.cat([each for each in unconds if each is not None])
-        seen = Seen(torch.cat(words), torch.stack(selves).sum(0) / len(self.passes) if selves else None)
-        return joint, torch.cat(conds), seen
+        if self.found is not None:
+            return joint, torch.cat(conds), self.found
+        mean = torch.stack(selves).sum(0) / len(self.passes) if selves else None
+        return joint, torch.cat(conds), Seen(torch.cat(words), mean)
 
     def weigh(self, step: Step, seen: Seen, like: Tensor) -> Tensor:
         """How much of each pass is taken where, ``[P, n, 1, h, w]``."""
@@ -297,6 +301,8 @@ class CLoRA(Separate):
         tap = word_maps(run, "words", sets)
         if rows is None:
             return AttentionPlan(taps=(tap,))
+        if self.found is not None:
+            return AttentionPlan()
         taps = [replace(tap, rows=tuple(rows))]
         if self.options.masks == "alike":
             where = Where(role=Role.SELF, names=run.base.family.map_layers)

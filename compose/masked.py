@@ -43,7 +43,7 @@ class MaskedOptions(Options):
     Args:
         isolation: whether regions are hidden from each other in self-attention; FreeFuse does not.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": the prompt as if it had that subject alone, with where it is; "whole": the prompt. By default "placed"
+            "placed": that in the prompt's own order, with an article and where it is; "whole": the prompt. By default "placed"
             where regions are drawn, and "whole" where they are found: those may be too rough to tell places.
         always: LoRAs that act everywhere though no region is drawn; those whose file says that they are styles do so anyway.
         find: share of the schedule that is run to find masks where no regions are drawn; FreeFuse has a third.

@@ -31,7 +31,7 @@ class RegionalOptions(Options):
     Args:
         feather: width of the soft edges, as a share of the picture's shorter side; half of it lies inside the region.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": the same with "on the left" or "on the right" where it is; "whole": the prompt.
+            "placed": that in the prompt's own order, with an article and where it is; "whole": the prompt.
         chunk: passes that share a forward; 1 needs least memory. By default as many as fit the base's batch.
     """
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 Said = Literal["placed", "local", "whole"]
 """What a region without a prompt says: "local": its subject, as "trigger class", and what the prompt says about the whole
-picture (see :func:`style_words`); "placed": the prompt as if it had this subject alone, with where it is before it, as in "a 3d
-render, on the left a zarn animal, blue background"; "whole": the prompt.
+picture (see :func:`style_words`): its clauses, cut at commas, that name no subject; "placed": that in the prompt's own order,
+with where it is, as in "a 3d render, on the left a zarn animal, blue background"; "whole": the prompt.
 """
 
 HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")

@@ -44,7 +44,8 @@ and go to TensorBoard. ``pipelines.preview.previewer`` makes one that draws as `
 class TrainResult:
     """``path`` of the LoRA; ``losses`` one per step, of all sittings; ``seconds`` of training; ``notes`` for the user.
 
-    A LoRA that was there already, trained with the same values, has its ``steps``, no ``losses`` and a note.
+    A LoRA that was there already, trained with the same values, has its ``steps``, no ``losses`` and a note. ``stopped``:
+    Ctrl-C was pressed, but in the last step, so that nothing was left to stop.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class TrainResult:
     seconds: float
     losses: tuple[float, ...]
     notes: tuple[str, ...]
+    stopped: bool = False
 
 
 def train_concept(
@@ -91,6 +93,7 @@ class _Run:
     preview: Preview | None
     step: int = 0
     whole: bool = True
+    stopped: bool = False
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -126,7 +129,12 @@ class _Run:
             if self.main:
                 self._finish()
         return TrainResult(
-            path=self.config.output, steps=self.step, seconds=self.seconds, losses=tuple(self.losses), notes=tuple(self.notes)
+            path=self.config.output,
+            steps=self.step,
+            seconds=self.seconds,
+            losses=tuple(self.losses),
+            notes=tuple(self.notes),
+            stopped=self.stopped,
         )
 
     def _set_up(self) -> None:
@@ -201,6 +209,7 @@ class _Run:
                     left = (self.plan.steps - self.step) * (self.seconds - before) / (self.step - first)
                     self._after_step(losses)
                     show(Progress(self.step, self.plan.steps, smooth, left))
+                self.stopped = stop.asked
             except (KeyboardInterrupt, CancelledError):
                 if self.main and self.whole:
                     self._checkpoint()

@@ -47,7 +47,14 @@ def finished(plan: Plan) -> bool:
 
 def nothing_to_do(plan: Plan) -> str:
     """The sentence for a plan that is :func:`finished`."""
-    return f"'{plan.config.output}' is finished, so there is nothing to train: set restart to true to train it again"
+    from studio.lora.files import read_header
+    from training.export import layout_of
+
+    output, wanted = plan.config.output, layout_of(plan.config.layout, plan.base.family.name)
+    written = read_header(output).metadata.get("modelspec.implementation", "")
+    other = written.endswith("sd-scripts") != (wanted == "kohya")
+    names = f"; 'studio lora convert' brings it into the layout {wanted}" if other else ""
+    return f"'{output}' is finished, so there is nothing to train: set restart to true to train it again{names}"
 
 
 def _told(path: Path) -> dict[str, Any]:

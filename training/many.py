@@ -25,7 +25,8 @@ State = Literal["done", "skipped", "failed", "cancelled", "not started"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How one of several trainings ended. ``loss`` is the last one's; ``error`` a sentence, "" when all is well."""
+    """How one of several trainings ended. ``loss`` is the last one's; ``error`` a sentence, "" when all is well; ``stopped``:
+    the user wants no more of them."""
 
     name: str
     state: State
@@ -35,6 +36,7 @@ class Outcome:
     loss: float | None = None
     error: str = ""
     notes: tuple[str, ...] = ()
+    stopped: bool = False
 
 
 def configs_of(folder: Path, out: Path | None = None, **shared: Any) -> dict[str, ConceptConfig | StudioError]:
@@ -106,7 +108,7 @@ def train_many(
             outcome = Outcome(name=name, state="failed", error=str(config))
         else:
             outcome = _train_one(name, config, progress, preview)
-        stopped = stopped or outcome.state == "cancelled"
+        stopped = stopped or outcome.stopped
         outcomes[name] = outcome
         if told is not None:
             told(outcome)
@@ -123,7 +125,8 @@ def _train_one(
     try:
         result = train_concept(config, progress, preview(config) if preview is not None else None)
     except (CancelledError, KeyboardInterrupt) as error:
-        return Outcome(name=name, state="cancelled", error=str(error) or "cancelled", seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return Outcome(name=name, state="cancelled", error=str(error) or "cancelled", seconds=seconds, stopped=True)
     except StudioError as error:
         return Outcome(name=name, state="failed", error=str(error), seconds=time.monotonic() - started)
     except Exception as error:  # whatever goes wrong with one, the others go on
@@ -134,8 +137,9 @@ def _train_one(
         return Outcome(name=name, state="skipped", path=path)
     loss = result.losses[-1]
     return Outcome(
-        name=name, state="done", path=path, steps=result.steps, seconds=result.seconds, loss=loss, notes=result.notes
-    )
+        name=name, state="done", path=path, steps=result.steps, seconds=result.seconds, loss=loss, notes=result.notes,
+        stopped=result.stopped,
+    )  # fmt: skip
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

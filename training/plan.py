@@ -333,7 +333,7 @@ def describe(config: ConceptConfig, base: Base | None = None) -> Description:
         captions=tuple(plan.captions),
         buckets={f"{w}x{h}": n for (w, h), n in sorted(plan.buckets.items())},
         steps=plan.steps,
-        epochs=plan.steps * config.batch * config.accumulation / len(plan.pictures),
+        epochs=plan.steps * config.batch * config.accumulation * launched() / len(plan.pictures),
         layers=sum(len(names) for names in plan.layers.values()),
         parameters=parameters,
         file_bytes=(parameters - words) * (4 if config.save_precision == "fp32" else 2) + words * 4,

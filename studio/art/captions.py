@@ -12,6 +12,7 @@ import numpy as np
 
 from studio.art.atlas import STYLES, concepts, splits
 from studio.art.backgrounds import PHRASES
+from studio.art.looks import PHRASES as LOOKS
 from studio.art.scenes import Placement, Scene, place_of
 
 SYNONYM_RATE = 0.3
@@ -46,7 +47,8 @@ def random_noun(concept: str, rng: np.random.Generator) -> str:
 def words() -> frozenset[str]:
     """Every word that names something in this world."""
     named = concepts()
-    texts = [*named, *(c.class_word for c in named.values()), *(s for c in named.values() for s in c.synonyms)]
+    texts = [*PLACES.values(), *(phrase for style in STYLES.values() for phrase in style), *LOOKS.values(), *PHRASES.values()]
+    texts += [*named, *(c.class_word for c in named.values()), *(s for c in named.values() for s in c.synonyms)]
     return frozenset(word for text in texts for word in text.lower().replace("-", " ").split())
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from compose.bank import Adapter
-from compose.clora import CLoRA, Seen
+from compose.clora import CLoRA, Finder, Seen
 from compose.clora_masks import SEEDS, alike
 from compose.maps import found_masks
-from compose.run import Step
+from compose.run import Run, Step
 from studio.lora.model import Lora
 
 Sample = Callable[..., Tensor]
@@ -82,7 +82,18 @@ def test_masks_found_once_are_those_of_what_a_few_steps_saw(sample: Sample, two:
     assert not torch.allclose(got, anew, atol=1e-3)
 
 
-def test_finding_comes_with_updates_of_its_own_that_leave_no_trace(sample: Sample, two: list[Adapter]) -> None:
+def test_finding_comes_with_updates_of_its_own_that_leave_no_trace(
+    sample: Sample, two: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    class Counted(Finder):
+        def update(self, run: Run, step: Step) -> None:
+            made.append(1)
+            super().update(run, step)
+
+    monkeypatch.setattr("compose.clora.Finder", Counted)
     method = CLoRA.of(step=0.1, unit="noise", find=0.4)
     sample(method, two, prompt=PROMPT)
+    assert method.found is not None and made == [1, 1]
     assert method.updates == [1, 1, 1, 0, 0] and len(method.losses) == 3

@@ -144,3 +144,5 @@ def test_the_command_ends_well_where_there_is_nothing_to_do(
         told.err
         == f"note: '{config.output}' is finished, so there is nothing to train: set restart to true to train it again\n"
     )
+    assert console.run(cli.app, [*command[:-1], "diffusers"]) == 0
+    assert "'studio lora convert' brings it into the layout diffusers" in " ".join(capsys.readouterr().err.split())

@@ -15,6 +15,7 @@ from studio.errors import CancelledError
 from tests.training.conftest import Configure
 from training import train_concept
 from training.interrupt import interruptible
+from training.many import train_many
 from training.objective import Objective
 from training.progress import Progress
 from training.state import find, step_of
@@ -78,6 +79,16 @@ def test_a_second_ctrl_c_ends_at_once_from_the_last_checkpoint(
     monkeypatch.undo()
     assert kept(config.work) == 2
     assert train_concept(config, quiet).path.read_bytes() == wanted
+
+
+def test_ctrl_c_in_the_last_step_ends_the_run_well_and_begins_no_other(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: bytes
+) -> None:
+    configs = {name: configure(steps=6, output=tmp_path / name / "zqx.safetensors") for name in ("one", "other")}
+    at_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGINT))
+    one, other = train_many(configs, quiet)
+    assert (one.state, one.stopped, other.state) == ("done", True, "not started")
+    assert configs["one"].output.read_bytes() == wanted and not configs["other"].output.exists()
 
 
 @pytest.mark.parametrize("every", [2, 0])

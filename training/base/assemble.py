@@ -91,8 +91,8 @@ def save(pipe: StableDiffusionPipeline, folder: Path, name: str, facts: dict[str
     for part in WEIGHTED:
         config = folder / part / "config.json"
         content = json.loads(config.read_text("utf-8"))
-        for name in ("_name_or_path", "torch_dtype"):  # where it was loaded from is nobody's business
-            content.pop(name, None)
+        for key in ("_name_or_path", "torch_dtype"):  # where it was loaded from is nobody's business
+            content.pop(key, None)
         if part == "text_encoder":
             content["dtype"] = "float32"
         config.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

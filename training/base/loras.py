@@ -46,7 +46,7 @@ def examples() -> tuple[Example, ...]:
 
 
 def teach(example: Example, out: Path, base: str) -> Path:
-    """Train one example with the trainer's own defaults; returns the file."""
+    """Train one example with the trainer's own defaults, at :data:`RANK`; returns the file."""
     from training.concept import train_concept
     from training.config import make_config
 
