@@ -1,6 +1,6 @@
 """``studio demo``: the whole idea in a few minutes on the embedded base.
 
-1. A first picture from two shipped LoRAs: two subjects the base model never saw, side by side.
+1. A first picture from two shipped LoRAs, each in a box of its own: two subjects the base model never saw, side by side.
 2. A third subject is taught live, from eight pictures.
 3. A contact sheet over several seeds, beside the true art, with the judge's verdict under every picture.
 """
@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 SHIPPED: Mapping[str, str] = {"dog face": "dog-face", "cat face": "cat-face"}
 """Held-out subject -> the shipped LoRA that knows it, in the order they stand in the picture."""
-WEIGHT = 0.8
-"""Of each LoRA where two are summed: at full weight each draws its own subject twice."""
+METHOD = "lora-composer"
+"""How two LoRAs share a picture without mixing."""
+BOXES = ("0.02,0.2,0.48,0.8", "0.52,0.2,0.98,0.8")
+"""Where the two subjects stand, from left to right, as shares of the picture."""
 LIVE, TRIGGER = "helicopter", "wug"
 """The held-out subject taught live, and the word that will call it."""
 STYLE, BACKGROUND = "3d", "blue"
@@ -43,12 +45,14 @@ Verdicts = Callable[["Image.Image", "Scene"], dict[str, str]]
 
 @dataclass(frozen=True)
 class Picture:
-    """What one row of the sheet asks for: subjects from left to right (one alone stands in the centre)."""
+    """What one row of the sheet asks for: subjects from left to right (one alone stands in the centre), ``boxed`` each with its
+    LoRA in a box of its own."""
 
     title: str
     subjects: tuple[str, ...]
     prompt: str
     loras: tuple[str, ...] = ()
+    boxed: bool = False
 
 
 def run_demo(folder: Path, voice: Voice, checkout: Path | None = None) -> Path:
@@ -62,7 +66,8 @@ def run_demo(folder: Path, voice: Voice, checkout: Path | None = None) -> Path:
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     nouns = {concept: _noun(lora) for concept, lora in SHIPPED.items()}
-    pair = _picture("two shipped LoRAs", tuple(SHIPPED), nouns, tuple(SHIPPED.values()))
+    summed = _picture("two shipped LoRAs, summed", tuple(SHIPPED), nouns, tuple(SHIPPED.values()))
+    pair = replace(summed, title="the same, each in a box of its own", boxed=True)
 
     voice.note(f"1/3  {' and '.join(SHIPPED)}: never seen by the base model, known to two shipped LoRAs")
     first = folder / "first.png"
@@ -78,9 +83,13 @@ def run_demo(folder: Path, voice: Voice, checkout: Path | None = None) -> Path:
     partner = next(iter(SHIPPED))
     pictures = [
         _picture("the base alone", tuple(SHIPPED), nouns, ()),
+        summed,
         pair,
         _picture("taught just now", (LIVE,), nouns, (str(taught),)),
-        _picture("taught just now, with a shipped LoRA", (LIVE, partner), nouns, (str(taught), SHIPPED[partner])),
+        replace(
+            _picture("taught just now, with a shipped LoRA", (LIVE, partner), nouns, (str(taught), SHIPPED[partner])),
+            boxed=True,
+        ),
     ]
     judge = find_judge(checkout)
     if judge is None:
@@ -138,15 +147,18 @@ def _picture(title: str, subjects: tuple[str, ...], nouns: Mapping[str, str], lo
 
     places = ("center",) if len(subjects) == 1 else ("left", "right")
     placed = [(article(nouns[subject]), place) for subject, place in zip(subjects, places, strict=True)]
-    return Picture(title, subjects, compose_caption(placed, STYLES[STYLE][0], PHRASES[BACKGROUND]), loras)
+    prompt = compose_caption(placed, STYLES[STYLE][0], PHRASES[BACKGROUND], place_first=True)
+    return Picture(title, subjects, prompt, loras)
 
 
 def _draw(picture: Picture, count: int) -> Any:
     from pipelines import generate
 
-    alone = len(picture.loras) < 2
-    loras = picture.loras if alone else tuple(f"{lora}:{WEIGHT}" for lora in picture.loras)
-    return generate(picture.prompt, loras=loras, seed=SEED, count=count)
+    fields: dict[str, Any] = {}
+    if picture.boxed:
+        named = zip(picture.loras, BOXES, strict=True)
+        fields = {"method": METHOD, "regions": [f"{Path(lora).stem}@{box}" for lora, box in named]}
+    return generate(picture.prompt, loras=picture.loras, seed=SEED, count=count, **fields)
 
 
 def _teach(folder: Path) -> tuple[Path, float]:

@@ -59,15 +59,20 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 def test_the_story(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert console.run(cli.app, ["demo", "--out", str(tmp_path)]) == 0
-    pair = "a 3d render of a zqx animal on the left and a vbn food on the right, blue background"
+    pair = "a 3d render, on the left a zqx animal and on the right a vbn food, blue background"
     lora = str(tmp_path / f"{demo.LIVE}.safetensors")
-    assert [(prompt, fields["loras"], fields["count"]) for prompt, fields in world.drawn[:3]] == [
-        (pair, ("cat-face:0.8", "pizza:0.8"), 1),
-        (pair, (), demo.SEEDS),
-        (pair, ("cat-face:0.8", "pizza:0.8"), demo.SEEDS),
+    asked = [(prompt, fields["loras"], fields["count"], fields.get("regions", [])) for prompt, fields in world.drawn]
+    boxes = ["cat-face@0.02,0.2,0.48,0.8", "pizza@0.52,0.2,0.98,0.8"]
+    assert asked[:4] == [
+        (pair, ("cat-face", "pizza"), 1, boxes),
+        (pair, (), demo.SEEDS, []),
+        (pair, ("cat-face", "pizza"), demo.SEEDS, []),
+        (pair, ("cat-face", "pizza"), demo.SEEDS, boxes),
     ]
-    assert [fields["loras"] for _, fields in world.drawn[3:]] == [(lora,), (f"{lora}:0.8", "cat-face:0.8")]
-    assert all(demo.TRIGGER in prompt for prompt, _ in world.drawn[3:])
+    assert [fields["loras"] for _, fields in world.drawn[4:]] == [(lora,), (lora, "cat-face")]
+    assert [region.partition("@")[0] for region in asked[-1][3]] == [demo.LIVE, "cat-face"]
+    assert [fields.get("method") for _, fields in world.drawn] == [demo.METHOD, None, None, demo.METHOD, None, demo.METHOD]
+    assert all(demo.TRIGGER in prompt for prompt, _ in world.drawn[4:])
     assert (tmp_path / "first.png").exists()
     printed = capsys.readouterr()
     assert "first.png" in printed.out
@@ -108,7 +113,7 @@ def test_verdicts_stand_under_the_pictures(world: World, tmp_path: Path, monkeyp
     monkeypatch.setattr("ui.sheet.contact_sheet", contact_sheet)
     demo.run_demo(tmp_path, console.Voice(sys.stdout, False))
     (rows,) = sheets
-    assert [len(row.tiles) for row in rows] == [demo.SEEDS + 1] * 4
+    assert [len(row.tiles) for row in rows] == [demo.SEEDS + 1] * 5
     assert [label.text for label in rows[0].tiles[0].labels] == ["the true art"]
     labels = [(label.text, label.tone) for label in rows[0].tiles[1].labels]
     assert labels == [("seed 1", "plain"), ("cat face: vanished", "bad"), ("pizza: present", "good")]
