@@ -25,7 +25,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[ConceptConf
 
     def train_concept(config: ConceptConfig, progress: Any = None, preview: Any = None) -> Any:
         seen.append(config)
-        return SimpleNamespace(path=config.output, steps=config.steps, seconds=2.0, losses=(0.5, 0.25), notes=("few pictures",))
+        return SimpleNamespace(
+            path=config.output, steps=config.steps, seconds=2.0, losses=(0.5, 0.25), notes=("few pictures",), stopped=False
+        )
 
     fake.train_concept = train_concept  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "training.concept", fake)
