@@ -28,7 +28,6 @@ What is different from the published code, as two ports of it have it:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -51,13 +50,14 @@ from compose.guidance import (
     pulled_back,
     reaches,
     scaled,
+    self_maps,
     updated,
     visits,
     word_maps,
 )
-from compose.maps import mean_map, mean_values, min_max
+from compose.maps import Seen, mean_map, mean_values, min_max
 from compose.options import Count, Share, Strength, from_json, names, numbers
-from compose.plan import AttentionPlan, Role, Tap, Where
+from compose.plan import AttentionPlan
 from compose.routes import per_row
 from compose.run import Options, Run, Step, joined
 from compose.separate import Separate, SeparateOptions, at_once, chunks, known
@@ -125,21 +125,6 @@ class CLoRAOptions(SeparateOptions):
     _names = field_validator("always", "morphology", mode="before")(names)
     _numbers = field_validator("refine", mode="before")(numbers)
     _written = field_validator("triggers", "nouns", mode="before")(from_json)
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What passes attend to: ``words [P, n, S, h, w]``, and how cells attend to each other, ``selves [n, N, N]``, the mean over
-    passes, where masks need it.
-    """
-
-    words: Tensor
-    selves: Tensor | None = None
-
-    def mixed(self, other: Seen, share: float) -> Seen:
-        """``share`` of another's, the rest of this one's."""
-        selves = None if self.selves is None or other.selves is None else torch.lerp(self.selves, other.selves, share)
-        return Seen(torch.lerp(self.words, other.words, share), selves)
 
 
 class CLoRA(Separate):
@@ -259,7 +244,7 @@ class CLoRA(Separate):
 
     def all_passes(self, run: Run, x: Tensor, step: Step) -> tuple[Tensor | None, Tensor, Seen]:
         """What every pass predicts, ``[P, n, c, h, w]`` each half, and what it attends to in the same forwards, unless that was
-        found before."""
+        found before: to words ``[P, n, S, h, w]``, and to other cells in the mean over passes, where masks need that."""
         halves, n = (2 if run.guided else 1), len(x)
         unconds, conds, words, selves = [], [], [], []
         for some in chunks(self.passes, at_once(run, self.options.chunk)):
@@ -281,32 +266,34 @@ class CLoRA(Separate):
 
     def weigh(self, step: Step, seen: Seen, like: Tensor) -> Tensor:
         """How much of each pass is taken where, ``[P, n, 1, h, w]``."""
-        variants, options, maps = self.variants, self.options, seen.words
-        if variants is None or step.fraction < options.mask_after:
+        variants, maps = self.variants, seen.words
+        if variants is None or step.fraction < self.options.mask_after:
             return maps.new_full((len(maps), 1, 1, 1, 1), 1 / len(maps))
+        if self.found is None or self.masks is None:
+            self.masks = self.masks_of(variants, seen)
+        return shares(self.masks, *like.shape[-2:]).to(like.dtype)
+
+    def masks_of(self, variants: Variants, seen: Seen) -> Tensor:
+        """Where each pass draws, ``[K + 1, n, h, w]``."""
+        options, maps = self.options, seen.words
         own = [maps[number][:, variants.own(number)] for number in range(len(maps))]
         if seen.selves is None:
             subjects = owned(own[1:], options.threshold, options.masks)
         else:
             subjects = alike(own[1:], seen.selves, options.threshold)
         base = owned(own[:1], options.threshold, options.masks)[0] if options.base_keeps else None
-        self.masks = with_background(changed(subjects, options.morphology), base)
-        return shares(self.masks, *like.shape[-2:]).to(like.dtype)
+        return with_background(changed(subjects, options.morphology), base)
 
     def plan(self, run: Run, some: Sequence[int], n: int, rows: Sequence[int] | None = None) -> AttentionPlan:
         """Reads the token sets of the passes ``some``, each with ``n`` rows; with ``rows``, those of predictions, for masks."""
         if self.variants is None:
             raise RuntimeError("a plan without variants")
-        sets = self.variants.sets[[self.passes.index(concept) for concept in some]].repeat_interleave(n, 0)
-        tap = word_maps(run, "words", sets)
-        if rows is None:
-            return AttentionPlan(taps=(tap,))
-        if self.found is not None:
+        if rows is not None and self.found is not None:
             return AttentionPlan()
-        taps = [replace(tap, rows=tuple(rows))]
-        if self.options.masks == "alike":
-            where = Where(role=Role.SELF, names=run.base.family.map_layers)
-            taps.append(Tap(name="self", where=where, rows=tuple(rows)))
+        sets = self.variants.sets[[self.passes.index(concept) for concept in some]].repeat_interleave(n, 0)
+        taps = [word_maps(run, "words", sets, rows)]
+        if rows is not None and self.options.masks == "alike":
+            taps.append(self_maps(run, "self", rows))
         return AttentionPlan(taps=tuple(taps))
 
     def loss(self, maps: Maps) -> Tensor:
@@ -356,13 +343,12 @@ class Finder(CLoRA):
 
     def __init__(self, options: CLoRAOptions, steps: int) -> None:
         super().__init__(options)
-        self.steps, self.looked = steps, 0
+        self.steps = steps
         self.mean: Seen | None = None
 
     def weigh(self, step: Step, seen: Seen, like: Tensor) -> Tensor:
         if step.index >= self.steps // 2:
-            self.looked += 1
-            self.mean = seen if self.mean is None else self.mean.mixed(seen, 1 / self.looked)
+            self.mean = seen if self.mean is None else self.mean.then(seen)
         return super().weigh(step, seen, like)
 
 

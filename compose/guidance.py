@@ -44,9 +44,16 @@ class _EnoughError(Exception):
     """Ends a forward once everything wanted of it has been read."""
 
 
-def word_maps(run: Run, name: str, sets: Tensor | None) -> Tap:
-    """A tap on the family's map layers for sets of columns ``[S, L]`` (:func:`compose.plan.columns`), or for every column."""
-    return Tap(name=name, where=Where(role=Role.CROSS, names=run.base.family.map_layers), sets=sets)
+def word_maps(run: Run, name: str, sets: Tensor | None, rows: Sequence[int] | None = None) -> Tap:
+    """A tap on the family's map layers for sets of columns ``[S, L]`` (:func:`compose.plan.columns`), or for every column, of
+    the rows ``rows``, or of all."""
+    where = Where(role=Role.CROSS, names=run.base.family.map_layers)
+    return Tap(name=name, where=where, sets=sets, rows=None if rows is None else tuple(rows))
+
+
+def self_maps(run: Run, name: str, rows: Sequence[int]) -> Tap:
+    """A tap for how cells attend to each other in the blocks of the family's map layers, of the rows ``rows``."""
+    return Tap(name=name, where=Where(role=Role.SELF, names=run.base.family.map_layers), rows=tuple(rows))
 
 
 def as_plan(plan: AttentionPlan | Sequence[Tap]) -> AttentionPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import exp
 
@@ -14,6 +15,26 @@ from compose.attention import Map
 
 SIGMA = 0.5
 _EPS = 1e-8
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What forwards attend to, the mean over layers and ``readings``.
+
+    Args:
+        words: how much each cell attends to words, ``[..., h, w]``.
+        selves: how much each cell (query) attends to each other (key), ``[n, N, N]``, where anybody asked.
+    """
+
+    words: Tensor
+    selves: Tensor | None = None
+    readings: int = 1
+
+    def then(self, other: Seen) -> Seen:
+        """With one reading more."""
+        share = 1 / (self.readings + 1)
+        selves = None if self.selves is None or other.selves is None else torch.lerp(self.selves, other.selves, share)
+        return Seen(torch.lerp(self.words, other.words, share), selves, self.readings + 1)
 
 
 def mean_values(maps: Sequence[Map]) -> Tensor:

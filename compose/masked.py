@@ -23,13 +23,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from compose.attention import Maps
 from compose.bank import Adapter
 from compose.figures import Boxes, Figure
 from compose.figures import Maps as Pictures
-from compose.maps import found_masks, mean_map, mean_values
+from compose.guidance import self_maps, word_maps
+from compose.maps import Seen, found_masks, mean_map, mean_values
 from compose.options import Share, names
-from compose.plan import AttentionPlan, Isolation, Regional, Regions, RegionText, Role, Tap, Where, columns
+from compose.plan import AttentionPlan, Isolation, Regional, Regions, RegionText, columns
 from compose.regions import Layout, Others, Said, Spot, bounds, laid_out, said_by_default, say_everywhere, speaking, spot
 from compose.routes import constant
 from compose.run import Method, Options, Run, Step, joined
@@ -65,15 +65,13 @@ class MaskedOptions(Options):
 class Probe(Method):
     """All LoRAs together, while the second half of a few steps is read.
 
-    Attributes after a run: ``words [n, K, h, w]`` and ``selves [n, N, N]``, means over layers and steps.
+    Attributes after a run: ``seen``: who attends to what, words as ``[n, K, h, w]``; None: nothing was read.
     """
 
     def __init__(self, spots: Sequence[Spot], steps: int) -> None:
         super().__init__()
         self.spots, self.steps = spots, steps
-        self.words: Tensor | None = None
-        self.selves: Tensor | None = None
-        self._read = 0
+        self.seen: Seen | None = None
 
     def prepare(self, run: Run) -> None:
         if run.bank is not None:
@@ -82,31 +80,18 @@ class Probe(Method):
                 run.condition(*run.encode())
         count = len(run.latents)
         rows = tuple(range(count, 2 * count)) if run.guided else tuple(range(count))
-        layers = run.base.family.map_layers
         sets = columns(run.positive.ids.shape[1], *(sum(one.targets, ()) for one in self.spots))
-        self.attention = run.attend(
-            AttentionPlan(
-                taps=(
-                    Tap(name="words", where=Where(role=Role.CROSS, names=layers), sets=sets, rows=rows),
-                    Tap(name="self", where=Where(role=Role.SELF, names=layers), rows=rows),
-                )
-            )
-        )
+        taps = (word_maps(run, "words", sets, rows), self_maps(run, "self", rows))
+        self.attention = run.attend(AttentionPlan(taps=taps))
 
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
         if step.index < self.steps // 2:
             return super().predict(run, step, x)
         with self.attention.collecting() as maps:
             out = super().predict(run, step, x)
-        self._keep(maps)
+        seen = Seen(mean_map(maps["words"]), mean_values(maps["self"]))
+        self.seen = seen if self.seen is None else self.seen.then(seen)
         return out
-
-    def _keep(self, maps: Maps) -> None:
-        self._read += 1
-        words, selves = mean_map(maps["words"]), mean_values(maps["self"])
-        share = 1 / self._read
-        self.words = words if self.words is None else torch.lerp(self.words, words, share)
-        self.selves = selves if self.selves is None else torch.lerp(self.selves, selves, share)
 
 
 class Masked(Method):
@@ -167,9 +152,9 @@ class Masked(Method):
         steps = max(2, round(self.options.find * len(run.timesteps)))
         probe = Probe(spots, steps)
         run.probe(probe, steps)
-        if probe.words is None or probe.selves is None:
+        if probe.seen is None or probe.seen.selves is None:
             raise RuntimeError("the probe has read nothing")
-        pairs = zip(probe.words.cpu(), probe.selves.cpu(), strict=True)
+        pairs = zip(probe.seen.words.cpu(), probe.seen.selves.cpu(), strict=True)
         masks = [found_masks(words, selves, self.options.seeds, self.options.threshold) for words, selves in pairs]
         return [self._layout(run, mask, concepts, everywhere, prompt) for mask in masks]
 

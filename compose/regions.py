@@ -24,7 +24,7 @@ from compose.run import Run, joined
 from compose.text import Encoded, Wording, words_of
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.media import DAMAGED
-from studio.prompts import escape
+from studio.prompts import article, escape
 from studio.requests import Region
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def said_by_default(whole: str, middle: tuple[float, float], own: Sequence[Adapt
         return ""
     if how == "local":
         return ", ".join([" and ".join(escape(subject) for subject in subjects), *style_words(whole, others)])
-    named = " and ".join(f"{'an' if subject[0] in 'aeiouAEIOU' else 'a'} {escape(subject)}" for subject in subjects)
+    named = " and ".join(escape(article(subject)) for subject in subjects)
     told = f"{placed_words(*middle)} {named}".strip()
     about = [None if names_subject else clause for clause, names_subject in clauses(whole, others)]
     at = about.index(None) if None in about else 0

@@ -135,6 +135,11 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(lambda match: "\\" + match.group(), text)
 
 
+def article(noun: str) -> str:
+    """``noun`` with the article that its first letter asks for."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
 def take_tags(text: str) -> tuple[str, tuple[LoraTag, ...]]:
     """The prompt without its ``<lora:...>`` tags, and the tags; a missing weight is 1, weights of one LoRA named twice add up.
 

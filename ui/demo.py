@@ -143,7 +143,8 @@ def _class_word(concept: str) -> str:
 def _picture(title: str, subjects: tuple[str, ...], nouns: Mapping[str, str], loras: tuple[str, ...]) -> Picture:
     from studio.art.atlas import STYLES
     from studio.art.backgrounds import PHRASES
-    from studio.art.captions import article, compose_caption
+    from studio.art.captions import compose_caption
+    from studio.prompts import article
 
     places = ("center",) if len(subjects) == 1 else ("left", "right")
     placed = [(article(nouns[subject]), place) for subject, place in zip(subjects, places, strict=True)]

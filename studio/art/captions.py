@@ -14,6 +14,7 @@ from studio.art.atlas import STYLES, concepts, splits
 from studio.art.backgrounds import PHRASES
 from studio.art.looks import PHRASES as LOOKS
 from studio.art.scenes import Placement, Scene, place_of
+from studio.prompts import article
 
 SYNONYM_RATE = 0.3
 #: Where a subject stands, in words; the one in the centre needs none.
@@ -24,10 +25,6 @@ ONSETS = (
 )  # fmt: skip
 VOWELS = ("a", "e", "i", "o", "u")
 CODAS = ("", "b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "rn", "sk", "t", "v", "x", "z")
-
-
-def article(noun: str) -> str:
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def plain_noun(concept: str) -> str:

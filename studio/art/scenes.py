@@ -179,8 +179,7 @@ def sample_scene(
     """A random scene of one to three given subjects, in one common style.
 
     One subject stands left, right or in the centre; two stand left and right in the order given; a third above or below
-    them. On a canvas too small for
-    places (side < 48) the subject fills it.
+    them. On a canvas too small for places (side < 48) the subject fills it.
     """
     style = known(str(rng.choice(list(styles))), STYLES, "art style")
     if len(concepts) == 1:

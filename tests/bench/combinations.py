@@ -18,9 +18,10 @@ import numpy as np
 
 from studio.art.atlas import STYLES, concepts
 from studio.art.backgrounds import BASE, PHRASES
-from studio.art.captions import article, compose_caption
+from studio.art.captions import compose_caption
 from studio.art.looks import brings_background
 from studio.art.scenes import SIDE, Box, Placement, Scene, draw
+from studio.prompts import article
 from tests.bench.compose_layouts import Layout, boxes_of, level
 
 Role = Literal["subject", "accessory", "object", "look", "background"]

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compose.guidance import stopping
+from compose.plan import Role, Where
+from compose.routes import Grid
 from pipelines.image import generate
 from studio.base import Base, load_base
 from studio.errors import StudioError
@@ -33,7 +34,6 @@ MARK = "operations of guided methods: written by tests/bench/guided_cost.py"
 NAMES = ("cat-face", "pizza", "unicorn", "dog-face")
 """LoRAs of a run, in the order in which they are added; they ship with the studio."""
 WORDS = {"cat-face": "zarn animal", "pizza": "plov food", "unicorn": "quil animal", "dog-face": "wexi animal"}
-PLACES = ("a {}", "a {}", "a {}", "a {}")
 BOXES = ("0,.2,.48,.7", ".52,.2,1,.7", ".25,.5,.75,1", ".3,0,.7,.4")
 COUNTS = (2, 3)
 PEAK_COUNTS = (2, 3, 4)
@@ -55,7 +55,7 @@ class Parts:
 def asked(count: int, method: str, steps: int, base: str, **options: Any) -> dict[str, Any]:
     """The fields of a request with the first ``count`` LoRAs."""
     names = NAMES[:count]
-    said = " and ".join(place.format(WORDS[name]) for place, name in zip(PLACES, names, strict=False))
+    said = " and ".join(f"a {WORDS[name]}" for name in names)
     regions = tuple(f"{name}@{box}" for name, box in zip(names, BOXES, strict=False))
     fields = {"base": base, "loras": list(names), "method": method, "options": options, "seed": 0, "steps": steps}
     return {"prompt": said, **fields, **({"regions": regions} if method == "lora-composer" else {})}
@@ -85,48 +85,25 @@ def bare(base: Base) -> tuple[float, float]:
     width, height = (side // base.latent_factor for side in base.family.size)
     x = torch.zeros(1, unet.config.in_channels, height, width)
     states = torch.zeros(1, base.context_length, unet.config.cross_attention_dim)
-    last = [name for name, _ in unet.named_modules() if name.endswith("attn2") and mapped(base, name)][-1]
+    mapped = Where(role=Role.CROSS, names=base.family.map_layers)
+    grid = Grid(rows=1, height=height, width=width)
+    crossed = [name for name, _ in unet.named_modules() if name.endswith("attn2")]
+    last = [name for name in crossed if mapped.holds(name, Role.CROSS, height * width, grid)][-1]
 
     def forward(leaf: Tensor) -> Tensor:
         return unet(leaf, 500, encoder_hidden_states=states, return_dict=False)[0]
 
+    def forward_early() -> None:
+        with stopping(unet, last):
+            forward(x)
+
     with torch.no_grad():
-        whole = operations(lambda: forward(x))
-        with ended_after(unet.get_submodule(last)) as attempt:
-            early = operations(lambda: attempt(lambda: forward(x)))
+        whole, early = operations(lambda: forward(x)), operations(forward_early)
+    if not 0 < early < whole:
+        raise RuntimeError(f"a forward did not end after {last}")
     leaf = x.clone().requires_grad_()
     both = operations(lambda: torch.autograd.grad(forward(leaf).sum(), leaf))
     return early / whole, both / whole - 1
-
-
-def mapped(base: Base, name: str) -> bool:
-    """Whether guidance reads the maps of a layer."""
-    return any(fnmatch(name, pattern) for pattern in base.family.map_layers)
-
-
-class _EndedError(Exception):
-    """A forward has come to the layer it was to end after."""
-
-
-@contextmanager
-def ended_after(module: torch.nn.Module) -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Something to call forwards with that end after ``module``."""
-
-    def end(*_: object) -> None:
-        raise _EndedError
-
-    def attempt(work: Callable[[], object]) -> None:
-        try:
-            work()
-        except _EndedError:
-            return
-        raise RuntimeError("the forward did not come to its end")
-
-    handle = module.register_forward_hook(end)
-    try:
-        yield attempt
-    finally:
-        handle.remove()
 
 
 def clora_must(parts: Parts, count: int, steps: int, gradient: str) -> float:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from compose.bank import Adapter
-from compose.clora import BASE, CLoRA, CLoRAOptions, Seen
+from compose.clora import BASE, CLoRA, CLoRAOptions
 from compose.clora_masks import above
 from compose.denoise import guide
+from compose.maps import Seen
 from compose.run import Method, Run, Step
 from compose.text import Wording
 from studio.base import Base

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from compose.bank import Adapter
-from compose.clora import CLoRA, Finder, Seen
+from compose.clora import CLoRA, Finder
 from compose.clora_masks import SEEDS, alike
-from compose.maps import found_masks
+from compose.maps import Seen, found_masks
 from compose.run import Run, Step
 from studio.lora.model import Lora
 

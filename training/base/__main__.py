@@ -51,16 +51,10 @@ def vae(
 
     torch.manual_seed(0)
     run = Run(
-        work=work,
-        name=f"vae{channels}",
-        items=items,
-        batch=batch,
-        rate=rate,
-        adam_rate=rate * 3 / 8,
-        minutes=minutes,
+        work=work, name=f"vae{channels}", items=items, batch=batch, rate=rate, adam_rate=rate * 3 / 8, minutes=minutes,
         weight_decay=0.0,
-    )
-    model = part.Objective(part.build(channels) if init is None else assemble.load_parts(init)[0])
+    )  # fmt: skip
+    model = part.Objective(part.build(channels) if init is None else assemble.saved_vae(init))
     average = train(model, lambda step, rank: part.batch_at(step, rank, batch, part.CROP, looks), run)
     model.load_state_dict(average)
     print(part.scores(model.vae.eval()))
@@ -131,7 +125,7 @@ def unet(
 
     torch.manual_seed(2)
     vae, text = assemble.finished(work, init, channels)
-    network = assemble.load_parts(init)[2] if init else part.build(channels)
+    network = assemble.saved_unet(init) if init else part.build(channels)
     model = part.Objective(network)
     run = Run(
         work=work, name=f"unet{stage}", items=items, batch=batch, rate=rate, adam_rate=rate / 3, minutes=minutes,

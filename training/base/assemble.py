@@ -52,21 +52,25 @@ def load_unet(work: Path, name: str, channels: int = 8) -> UNet2DConditionModel:
     return model.eval()
 
 
-def load_parts(folder: Path) -> tuple[AutoencoderKL, CLIPTextModel, UNet2DConditionModel]:
-    """VAE, text encoder and UNet of a finished base, in single precision."""
-    kinds = (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel))
-    vae_model, text_model, unet_model = (kind.from_pretrained(folder / part, local_files_only=True) for part, kind in kinds)
-    return vae_model.float().eval(), text_model.float().eval(), unet_model.float()
+def saved_vae(folder: Path) -> AutoencoderKL:
+    """That of a finished base ``folder``, in single precision."""
+    return AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).float().eval()
+
+
+def saved_text(folder: Path) -> CLIPTextModel:
+    """As :func:`saved_vae`."""
+    return CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).float().eval()
+
+
+def saved_unet(folder: Path) -> UNet2DConditionModel:
+    """As :func:`saved_vae`, ready to be trained."""
+    return UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).float()
 
 
 def finished(work: Path, init: Path | None, channels: int = 8) -> tuple[AutoencoderKL, CLIPTextModel]:
     """VAE and text encoder trained in ``work``; what it lacks, from the base folder ``init``."""
-    own_vae, own_text = (
-        init is None or checkpoint.exists(work / f"vae{channels}"),
-        init is None or checkpoint.exists(work / "text"),
-    )
-    vae_model, text_model = load_parts(init)[:2] if init else (None, None)
-    return load_vae(work, channels) if own_vae else vae_model, load_text(work) if own_text else text_model
+    vae_model = load_vae(work, channels) if init is None or checkpoint.exists(work / f"vae{channels}") else saved_vae(init)
+    return vae_model, load_text(work) if init is None or checkpoint.exists(work / "text") else saved_text(init)
 
 
 def pipeline(vae_model: AutoencoderKL, text_model: CLIPTextModel, unet_model: UNet2DConditionModel) -> StableDiffusionPipeline:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from studio.art import captions
 from studio.art.atlas import concepts, splits
-from studio.art.captions import article
 from studio.art.looks import SEEN
 from studio.paths import assets
+from studio.prompts import article
 from training.base import assemble, checkpoint
 from training.base.data import Mixture, sample
 from training.base.loop import Run, rate_at, train
@@ -159,11 +159,12 @@ def test_the_third_subject_is_said_to_be_at_the_top_or_the_bottom_half_the_time(
 def test_a_base_taught_on_takes_the_parts_of_its_own_run_first(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         assemble.finished(tmp_path, None)
-    taken = assemble.finished(tmp_path, assets() / "base")
-    kept = assemble.load_parts(assets() / "base")
-    for part, other in zip(taken, kept[:2], strict=True):
+    folder = assets() / "base"
+    taken = assemble.finished(tmp_path, folder)
+    kept = assemble.saved_vae(folder), assemble.saved_text(folder)
+    for part, other in zip(taken, kept, strict=True):
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in part.state_dict().items())
     groups = {"ema": {f"text.{k}": v + 1 for k, v in kept[1].state_dict().items()}}
     checkpoint.save(tmp_path / "text", groups, {"items": 1})
-    changed = assemble.finished(tmp_path, assets() / "base")[1].state_dict()
+    changed = assemble.finished(tmp_path, folder)[1].state_dict()
     assert all(torch.equal(changed[name], value + 1) for name, value in kept[1].state_dict().items())
