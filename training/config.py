@@ -128,7 +128,8 @@ class ConceptConfig(BaseModel):
     prior_data: Path | None = None
     """Folder of class pictures for ``prior: images``."""
     prior_prompts: tuple[str, ...] = ()
-    """Prompts to protect; empty: the class word and a list of everyday things."""
+    """Prompts to protect; empty: everyday things, the class word and the captions without the trigger; on the embedded base, to
+    which a made-up word means nothing, everyday things of other classes alone."""
     prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.3
     prior_batch: Annotated[int, Field(ge=1)] | None = None
     """Rows of a batch spent on the prior; None: for ``images`` half as many as ``batch``, for ``consistency`` a quarter. For

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compose.finder import says
 from studio.errors import FileError, RequestError
+from studio.prompts import article
 from training.accelerators import check_device, launched, launcher_notes
-from training.config import ConceptConfig
+from training.config import EMBEDDED, ConceptConfig
 from training.dataset import Picture, bucket_of, bucket_sizes, digest, read_folder, with_trigger, without_trigger
 from training.names import LATER, NEUTRAL
 from training.optim import check_optimizer
@@ -117,7 +119,7 @@ def settled(config: ConceptConfig, base: Base) -> ConceptConfig:
     A style is learnt without cross-attention: a LoRA there ties the look to the words of the eight subjects it was shown on,
     and draws any other subject as before. A concept is held to the frozen base: without that, a second LoRA beside it vanishes.
     """
-    style, small = config.kind == "style", base.family.name == "embedded"
+    style, small = config.kind == "style", base.family.name == EMBEDDED
     chosen: dict[str, Any] = {"learning_rate": (2e-3 if style else 1e-3) if small else 1e-4}
     if config.optimizer == "prodigy":
         chosen["learning_rate"] = 1.0
@@ -185,7 +187,8 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     if config.prior == "consistency" and not config.deltas:
         notes.append("prior 'consistency' is not needed: only words are learnt, so nothing can be forgotten")
     elif config.prior == "consistency":
-        prior_captions = _prior_prompts(config, captions)
+        blind = base.family.name == EMBEDDED and config.train_text == "none"
+        prior_captions = _prior_prompts(config, captions, blind=blind)
     return Plan(
         config=config,
         base=base,
@@ -261,14 +264,21 @@ def _captions(config: ConceptConfig, pictures: Sequence[Picture]) -> tuple[list[
     return captions, notes
 
 
-def _prior_prompts(config: ConceptConfig, captions: Sequence[str]) -> list[str]:
-    """Prompts on which LoRA and frozen base should agree: the captions without the trigger, the class, everyday things."""
+def _prior_prompts(config: ConceptConfig, captions: Sequence[str], *, blind: bool) -> list[str]:
+    """Prompts on which LoRA and frozen base should agree: the captions without the trigger, the class, everyday things.
+
+    ``blind``: to the base a made-up word means nothing. Its UNet then reads captions with and without the trigger alike, and to
+    hold it to the latter would forbid the lesson: everyday things that are not of the class remain.
+    """
     if config.prior_prompts:
         return [config.fill(text) for text in config.prior_prompts]
+    everyday = [text for text in EVERYDAY if not config.calls(text)]
+    if blind:
+        return [text for text in everyday if not config.class_word or not says(text, config.class_word)]
     own = dict.fromkeys(without_trigger(text, config.trigger) for text in captions)
     if config.class_word:
-        own[f"a {config.class_word}"] = None
-    return [*[text for text in own if text][:32], *[text for text in EVERYDAY if not config.calls(text)]]
+        own[article(config.class_word)] = None
+    return [*[text for text in own if text][:32], *everyday]
 
 
 def _sizes(config: ConceptConfig, base: Base) -> list[tuple[int, int]]:

@@ -316,6 +316,15 @@ def test_everyday_prompts_spare_a_known_trigger(configure: Configure) -> None:
     assert not any("dog" in caption for caption in plan.prior_captions)
 
 
+def test_what_the_base_takes_for_the_lesson_itself_is_not_protected(configure: Configure) -> None:
+    """The embedded base reads "a zqx apple" and "an apple" alike, unless the trigger has vectors of its own."""
+    blind = prepare(configure(class_word="apple")).prior_captions
+    assert "a cat" in blind and not any("apple" in caption for caption in blind)
+    told = prepare(configure(class_word="apple", train_text="embedding+lora")).prior_captions
+    assert {"an apple", "a cat"} < set(told) and not any("zqx" in caption for caption in told)
+    assert prepare(configure(prior_prompts=("an apple",))).prior_captions == ["an apple"]
+
+
 def test_description_resolves_and_estimates(configure: Configure, pictures: Path) -> None:
     draw(pictures / "wide.png", size=(120, 70))
     described = describe(configure(epochs=3, batch=2))
