@@ -86,16 +86,27 @@ def chunks(words: Words, text: str) -> list[Chunk]:
     return [_framed(words, run) for section in _sections(words, prompt) for run in section]
 
 
-def literal(words: Words, text: str) -> Chunk:
-    """``text`` as it is written, without weights or breaks, cut to one chunk: how a trainer reads captions."""
-    run: list[Unit] = []
+def literal(words: Words, text: str, count: int = 1) -> list[Chunk]:
+    """``text`` as it is written, without weights or breaks, in ``count`` chunks: how a trainer reads captions.
+
+    What does not fit is left out; what is shorter is followed by empty chunks.
+    """
+    units = _units(words, text, 1.0)
+    runs = _cut(words, units)[: count - 1]
+    last: list[Unit] = []
     used = 0
-    for unit in _units(words, text, 1.0):
+    for unit in units[sum(map(len, runs)) :]:
         used += len(unit.ids)
         if used > words.room:
             break
-        run.append(unit)
-    return _framed(words, run)
+        last.append(unit)
+    runs += [last, *[[]] * (count - 1 - len(runs))]
+    return [_framed(words, run) for run in runs]
+
+
+def length(words: Words, text: str) -> int:
+    """Chunks that ``text`` fills as it is written."""
+    return len(_cut(words, _units(words, text, 1.0)))
 
 
 def learnt(embeddings: Sequence[Embedding], text: str) -> set[str]:

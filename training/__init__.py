@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.concept import TrainResult, train_concept
-    from training.config import ConceptConfig, load_config, make_config
+    from training.config import ConceptConfig, make_config
+    from training.config_file import load_config
     from training.many import Outcome, configs_of, train_many
     from training.plan import Description, describe
 
@@ -30,7 +31,7 @@ _HOMES = {
     "TrainResult": "concept",
     "configs_of": "many",
     "describe": "plan",
-    "load_config": "config",
+    "load_config": "config_file",
     "make_config": "config",
     "train_concept": "concept",
     "train_many": "many",

@@ -41,9 +41,9 @@ def stream(seed: int, kind: int, index: int) -> torch.Generator:
 class Captions:
     """Every caption of a run by number, and the frozen encoder's states, computed once when they are kept."""
 
-    def __init__(self, base: Base, keep: bool, clip_skip: int = 1) -> None:
+    def __init__(self, base: Base, keep: bool, clip_skip: int = 1, chunks: int = 1) -> None:
         self.keep = keep
-        self._reader = Reader(base, clip_skip=clip_skip)
+        self._reader = Reader(base, clip_skip=clip_skip, count=chunks)
         self._numbers: dict[str, int] = {}
         self._table: Encoded | None = None
 
@@ -105,7 +105,12 @@ class Latents:
 
 
 class Source:
-    """Batches of one data set."""
+    """Batches of one data set.
+
+    Args:
+        levels: the timesteps ``low <= t < high`` that are drawn; None: all of the base's.
+        shuffle: clauses in front of every caption that stay there while the others change places; None: nothing moves.
+    """
 
     def __init__(
         self,
@@ -121,16 +126,20 @@ class Source:
         flip: bool = False,
         dropout: float = 0.0,
         noise_offset: float = 0.0,
+        levels: tuple[int, int] | None = None,
+        shuffle: int | None = None,
         keep: bool = True,
     ) -> None:
         buckets = [bucket_of(p.width, p.height, sizes) for p in pictures]
         self.plan = BatchPlan(grouped(pictures, buckets), batch, seed)
         self.latents = Latents(base, pictures, buckets, keep)
-        self.numbers = [captions.number(text) for text in texts]
-        self.mirrored = [captions.number(swap_sides(text)) for text in texts] if flip else []
-        self.empty = captions.number("") if dropout else 0
+        self.captions = captions
+        self.texts = tuple(texts), tuple(swap_sides(text) for text in texts)
+        for text in dict.fromkeys([*self.texts[0], *(self.texts[1] if flip else ()), *([""] if dropout else ())]):
+            captions.number(text)
+        self.shuffle = shuffle
         self.seed, self.kind, self.flip, self.dropout, self.noise_offset = seed, kind, flip, dropout, noise_offset
-        self.train_steps = int(base.scheduler.config["num_train_timesteps"])
+        self.low, self.high = levels or (0, int(base.scheduler.config["num_train_timesteps"]))
 
     def batch(self, index: int) -> Batch:
         """Batch number ``index``, on the CPU."""
@@ -138,16 +147,22 @@ class Source:
         draw = stream(self.seed, self.kind, index)
         flips = (torch.rand(len(items), generator=draw) < (0.5 if self.flip else 0.0)).tolist()
         drops = (torch.rand(len(items), generator=draw) < self.dropout).tolist()
-        t = stratified_timesteps(len(items), self.train_steps, draw)
+        t = stratified_timesteps(len(items), self.high - self.low, draw, self.low)
         latents = torch.stack([self.latents.sample(i, f, draw) for i, f in zip(items, flips, strict=True)])
         noise = torch.randn(latents.shape, generator=draw)
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
-        numbers = [
-            self.empty if drop else self.mirrored[i] if flipped else self.numbers[i]
-            for i, flipped, drop in zip(items, flips, drops, strict=True)
-        ]
-        return Batch(latents=latents, noise=noise, t=t, captions=torch.tensor(numbers))
+        said = ["" if drop else self.texts[flip][i] for i, flip, drop in zip(items, flips, drops, strict=True)]
+        if self.shuffle is not None:
+            said = [shuffled(text, self.shuffle, draw) for text in said]
+        return Batch(latents=latents, noise=noise, t=t, captions=torch.tensor([self.captions.number(text) for text in said]))
+
+
+def shuffled(caption: str, keep: int, generator: torch.Generator) -> str:
+    """The clauses of ``caption``, cut at its commas, in another order; the first ``keep`` stay."""
+    clauses = [clause for part in caption.split(",") if (clause := part.strip())]
+    order = torch.randperm(max(len(clauses) - keep, 0), generator=generator).tolist()
+    return ", ".join([*clauses[:keep], *(clauses[keep + index] for index in order)])
 
 
 def grouped(pictures: Sequence[Picture], buckets: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:

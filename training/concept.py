@@ -8,6 +8,7 @@ of n-fold accumulation.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -144,7 +145,9 @@ class _Run:
         from training.state import find, load
 
         plan, config = self.plan, self.config
-        self.captions = Captions(plan.base, config.cache_text, config.clip_skip)
+        # Every order of a shuffled caption is another text: nothing worth keeping.
+        keep = config.cache_text and not config.shuffle_caption
+        self.captions = Captions(plan.base, keep, config.clip_skip, plan.chunks)
         self.source = Source(
             plan.base,
             plan.pictures,
@@ -156,6 +159,8 @@ class _Run:
             flip=config.flip,
             dropout=config.caption_dropout,
             noise_offset=config.noise_offset,
+            levels=plan.levels,
+            shuffle=config.keep_tokens if config.shuffle_caption else None,
             keep=config.cache_latents,
         )
         self.prior: Source | None = None
@@ -169,13 +174,14 @@ class _Run:
                 batch=config.prior_rows,
                 seed=config.seed,
                 kind=PRIOR,
+                levels=plan.levels,
                 keep=config.cache_latents,
             )
         self.prompts = [self.captions.number(text) for text in plan.prior_captions] if config.prior == "consistency" else []
         if config.train_text == "none" or self.prompts:
             self.captions.warm()  # before autocast, whatever the precision
         device = self.accelerator.device
-        objective = Objective(plan.base, self.adapters, self.captions, config, device)
+        objective = Objective(plan.base, self.adapters, self.captions, config, device, plan.chunks)
         optimizer = make_optimizer(config, self.adapters.groups(config))
         found = find(config.work)
         if found:
@@ -284,11 +290,17 @@ class _Run:
     def _save_between(self) -> None:
         from training.export import write
 
-        path = self.config.output.with_name(f"{self.config.output.stem}-{self.step:06d}.safetensors")
+        config, names = self.config, re.compile(rf"{re.escape(self.config.output.stem)}-(\d{{6,}})\.safetensors")
+        path = config.output.with_name(f"{config.output.stem}-{self.step:06d}.safetensors")
         try:
             write(path, self._lora(), self._layout())
         except FileError as error:  # the run may still finish
             self._note(str(error))
+            return
+        if config.keep_last:
+            told = [(int(match[1]), file) for file in path.parent.iterdir() if (match := names.fullmatch(file.name))]
+            for _, file in sorted(one for one in told if one[0] <= self.step)[: -config.keep_last]:
+                file.unlink(missing_ok=True)
 
     def _again(self) -> str:
         """What a run that ends early has kept."""

@@ -1,7 +1,7 @@
-"""What one concept training is: a typed, frozen, versioned configuration, read from YAML or given as keywords.
+"""What one concept training is: a typed, frozen, versioned configuration.
 
 Nothing is guessed: an unknown key is an error that offers the near name, also when the key is another trainer's word for the
-same thing. Paths in a YAML file are relative to that file.
+same thing.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from studio.errors import FileError, RequestError, UnknownNameError
+from studio.errors import RequestError, UnknownNameError
 from training.names import FOREIGN_NAMES, SPELLINGS
 
 SECTIONS = ("attn", "attn+ff", "image", "all")
@@ -116,12 +115,29 @@ class ConceptConfig(BaseModel):
     """Mirror half of the pictures and swap "left" and "right" in their captions. Off: many subjects are not symmetric."""
     caption_dropout: Share = 0.05
     """How often a caption is left empty, which teaches guidance."""
+    shuffle_caption: bool = False
+    """Say the clauses of a caption, cut at its commas, in another order at every step, for captions that are lists of tags.
+    Captions are then encoded anew at every step."""
+    keep_tokens: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Clauses in front that ``shuffle_caption`` leaves in place; the trigger is often the first."""
+    caption_chunks: Annotated[int, Field(ge=1, le=8)] = 1
+    """Chunks of the text encoder (75 tokens on Stable Diffusion) that a caption may fill; what is longer is cut."""
     clip_skip: Annotated[int, Field(ge=1, le=48)] = 1
     """Layer of the text encoder that captions are read at: 1 is the last. SDXL reads the last but one for 1 and 2 alike."""
 
     min_snr: Annotated[float, Field(gt=0)] | None = 5.0
     """Gamma of min-SNR weighting; null weighs every noise level alike."""
     noise_offset: Share = 0.0
+    min_timestep: Annotated[int, Field(ge=0)] = 0
+    """Least noise that is learnt: an early timestep is little noise, which decides details."""
+    max_timestep: Annotated[int, Field(ge=1)] | None = None
+    """Timesteps below this one are learnt; None: all of the base's, which are 1000 on Stable Diffusion."""
+    loss: Literal["l2", "huber", "smooth_l1"] = "l2"
+    """Of the denoising; pseudo-Huber losses mind single bad pictures less."""
+    huber_c: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Errors beyond this count by their size, not by its square."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How ``huber_c`` depends on the noise: 1 where there is none and ``huber_c`` where there is nothing else, or constant."""
     prior: Literal["none", "images", "consistency"] = "none"
     """Against forgetting: pictures of the class, or agreement with the frozen base on class and everyday prompts. Left out:
     ``consistency`` for a concept, ``none`` for a style, which shall reach everything."""
@@ -150,6 +166,8 @@ class ConceptConfig(BaseModel):
     """Steps between resumable checkpoints; 0: none."""
     save_every: Annotated[int, Field(ge=0)] = 0
     """Steps between LoRA files kept beside the output as ``<stem>-<step>.safetensors``; 0: none."""
+    keep_last: Annotated[int, Field(ge=1)] | None = None
+    """Of those files as many as are kept, the latest; None: all."""
     preview_every: Annotated[int, Field(ge=0)] = 0
     """Steps between previews, drawn into ``<stem>.previews/``; 0: none."""
     preview_prompts: tuple[str, ...] = ()
@@ -250,6 +268,11 @@ class ConceptConfig(BaseModel):
         for key in ("token_init", "token_learning_rate"):
             if getattr(self, key) and not self.words:
                 raise ValueError(f"{key} is given but train_text is '{self.train_text}': set train_text to 'embedding'")
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            raise ValueError(
+                f"max_timestep {self.max_timestep} is not above min_timestep {self.min_timestep}, so no noise would be learnt: "
+                "raise one or lower the other"
+            )
         if not self.train_unet and self.train_text == "none":
             raise ValueError("train_unet is off and train_text is 'none', so nothing would be learnt: set one of them")
         self._one_rate()
@@ -355,36 +378,3 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"training option '{key}' is missing: give {NEEDED[key]}"
     return f"training option '{key}' is {first['input']!r}: {text[0].lower()}{text[1:]}"
-
-
-def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
-    """Read a YAML file; keywords win over the file. Paths in it are relative to its folder, a ``base`` if it is there.
-
-    Raises:
-        FileError: the file is missing or not YAML.
-        RequestError: as :func:`make_config`.
-    """
-    return make_config(**read_options(Path(path)) | overrides)
-
-
-def read_options(path: Path) -> dict[str, Any]:
-    """The options of a YAML file, unchecked; paths relative to its folder, a ``base`` if it is there.
-
-    Raises:
-        FileError: the file is missing or not YAML.
-    """
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read the training file '{path}': {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise FileError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise FileError(f"'{path}' must hold 'option: value' lines, such as 'trigger: zqx'")
-    for key in ("data", "output", "prior_data", "start_from"):
-        if isinstance(values.get(key), str):
-            values[key] = path.parent / Path(values[key]).expanduser()
-    base = values.get("base")
-    if isinstance(base, str) and base not in ("", EMBEDDED) and (beside := path.parent / Path(base).expanduser()).exists():
-        values["base"] = str(beside)
-    return {str(key): value for key, value in values.items()}

@@ -63,10 +63,32 @@ def weighted_mse(prediction: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
     return (rows * weights).mean()
 
 
-def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
-    """``[count]`` int64: one uniform draw in each of ``count`` equal slices of ``0..steps-1``, in random order.
+def huber_widths(t: Tensor, alphas_cumprod: Tensor, c: float, schedule: str) -> Tensor:
+    """Where a pseudo-Huber loss goes over from square to straight, ``[B]`` (Khrapov et al., 2024): ``c`` at any noise
+    (``constant``), or from 1 without noise down to ``c``: ``c^(t / T)`` (``exponential``), ``(1 - c) / (1 + sigma)^2 + c``
+    (``snr``), ``sigma^2 = (1 - abar) / abar``.
+    """
+    if schedule == "exponential":
+        return torch.pow(c, t.float() / len(alphas_cumprod))
+    if schedule == "snr":
+        abar = alphas_cumprod.to(t.device, torch.float32)[t]
+        return (1 - c) / (1 + ((1 - abar) / abar).sqrt()).square() + c
+    return torch.full(t.shape, c, device=t.device)
+
+
+def weighted_huber(prediction: Tensor, wanted: Tensor, weights: Tensor, widths: Tensor, *, smooth: bool = False) -> Tensor:
+    """As :func:`weighted_mse`, with ``2 c (sqrt(d^2 + c^2) - c)`` for each difference ``d`` and width ``c`` of ``widths [B]``:
+    the square of a small ``d``, ``2 c |d|`` of a large one. ``smooth``: without the leading ``c``: ``d^2 / c`` and ``2 |d|``.
+    """
+    c = widths.float().reshape(-1, *[1] * (prediction.ndim - 1))
+    rows = 2 * (((prediction.float() - wanted.float()).square() + c * c).sqrt() - c) * (1 if smooth else c)
+    return (rows.flatten(1).mean(1) * weights).mean()
+
+
+def stratified_timesteps(count: int, steps: int, generator: torch.Generator, first: int = 0) -> Tensor:
+    """``[count]`` int64: one uniform draw in each of ``count`` equal slices of ``first..first+steps-1``, in random order.
 
     Every element alone is uniform; the batch covers all noise levels, so the loss swings less than with independent draws.
     """
     slices = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    return (slices * (steps / count)).long().clamp(max=steps - 1)
+    return first + (slices * (steps / count)).long().clamp(max=steps - 1)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from studio.errors import CancelledError, FileError, RequestError, StudioError
-from training.config import ConceptConfig, make_config, read_options
+from training.config import ConceptConfig, make_config
+from training.config_file import read_options
 
 if TYPE_CHECKING:
     from training.concept import Preview

@@ -62,6 +62,14 @@ FOREIGN_NAMES = {
     "dtype": "precision",
     "cache_latents_to_disk": "cache_latents",
     "cache_text_encoder_outputs": "cache_text",
+    "shuffle_tokens": "shuffle_caption",
+    "max_token_length": "caption_chunks",
+    "loss_type": "loss",
+    "min_denoising_steps": "min_timestep",
+    "max_denoising_steps": "max_timestep",
+    "save_last_n_steps": "keep_last",
+    "save_last_n_epochs": "keep_last",
+    "max_step_saves_to_keep": "keep_last",
 }
 """What kohya's scripts, diffusers' examples and ai-toolkit call our keys."""
 
@@ -81,6 +89,7 @@ NEUTRAL = frozenset(
         "device",
         "checkpoint_every",
         "save_every",
+        "keep_last",
         "preview_every",
         "preview_prompts",
         "preview_seed",
@@ -95,6 +104,20 @@ NEUTRAL = frozenset(
 )
 """Options that do not change what is learnt: a run may be resumed with others, and its file does not record them."""
 
-LATER = frozenset(["start_from", "clip_skip", "optimizer_args"])
+LATER = frozenset(
+    [
+        "start_from",
+        "clip_skip",
+        "optimizer_args",
+        "shuffle_caption",
+        "keep_tokens",
+        "caption_chunks",
+        "min_timestep",
+        "max_timestep",
+        "loss",
+        "huber_c",
+        "huber_schedule",
+    ]
+)
 """Options added to the list of version 1: recorded only when given, or files and checkpoints from before would seem to be of
 another run."""

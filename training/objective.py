@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compose.text import added_conditions
 from training.adapters import Adapters
 from training.batches import Batch, Captions
-from training.losses import add_noise, min_snr_weights, target, weighted_mse
+from training.losses import add_noise, huber_widths, min_snr_weights, target, weighted_huber, weighted_mse
 from training.text import Reader, moved
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ class Objective(nn.Module):
     in noise space).
     """
 
-    def __init__(self, base: Base, adapters: Adapters, captions: Captions, config: ConceptConfig, device: torch.device) -> None:
+    def __init__(
+        self, base: Base, adapters: Adapters, captions: Captions, config: ConceptConfig, device: torch.device, chunks: int = 1
+    ) -> None:
         super().__init__()
         self.unet = base.unet
         self.encoders = nn.ModuleList(m for key, m in base.models().items() if key != "unet" and config.train_text != "none")
         self.vectors = nn.ParameterList(adapters.word.vectors.values() if adapters.word else ())
-        self._reader = Reader(base, [adapters.word.embedding] if adapters.word else (), config.clip_skip)
+        self._reader = Reader(base, [adapters.word.embedding] if adapters.word else (), config.clip_skip, chunks)
         self._base, self._adapters, self._captions, self._config = base, adapters, captions, config
         self._device = device
         self._abar: Tensor = base.scheduler.alphas_cumprod.to(device)
@@ -66,7 +68,11 @@ class Objective(nn.Module):
         latents, noise, t, noised = self._noised(batch, len(batch.t))
         said = self._predict(noised, t, self._text(batch.captions))
         wanted = target(self._kind, latents, noise, t, self._abar)
-        return weighted_mse(said, wanted, self._weights(t))
+        config, weights = self._config, self._weights(t)
+        if config.loss == "l2":
+            return weighted_mse(said, wanted, weights)
+        widths = huber_widths(t, self._abar, config.huber_c, config.huber_schedule)
+        return weighted_huber(said, wanted, weights, widths, smooth=config.loss == "smooth_l1")
 
     def _consistency(self, batch: Batch, prompts: Tensor) -> Tensor:
         _, _, t, noised = self._noised(batch, len(prompts))

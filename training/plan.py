@@ -32,8 +32,8 @@ EVERYDAY = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """A checked run. ``captions`` belong to ``pictures``; ``sizes`` are allowed (width, height); ``start`` is where the weights
-    begin; ``notes`` are for the user."""
+    """A checked run. ``captions`` belong to ``pictures``; ``sizes`` are allowed (width, height); every caption is read in
+    ``chunks``; ``start`` is where the weights begin; ``notes`` are for the user."""
 
     config: ConceptConfig
     base: Base
@@ -44,8 +44,15 @@ class Plan:
     steps: int
     prior_pictures: Sequence[Picture]
     prior_captions: Sequence[str]
+    chunks: int
     start: Start
     notes: Sequence[str]
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The timesteps ``low <= t < high`` that are learnt."""
+        steps = int(self.base.scheduler.config["num_train_timesteps"])
+        return self.config.min_timestep, steps if self.config.max_timestep is None else self.config.max_timestep
 
     @property
     def buckets(self) -> dict[tuple[int, int], int]:
@@ -147,7 +154,8 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     config = settled(config, base)
     from training.adapters import chosen_layers
     from training.start import start_of
-    from training.text import cut_captions, known_words
+    from training.text import known_words, lengths
+    from training.words import check_words, reading_of
 
     if known_words(base, config.trigger) and not config.allow_known_trigger:
         raise RequestError(
@@ -158,8 +166,6 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     captions, notes = _captions(config, pictures)
     _check_settled(config, base)
     if config.words:
-        from training.words import check_words
-
         check_words(base, config, captions)
     sizes = _sizes(config, base)
     for size in sizes:
@@ -170,9 +176,14 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         notes.append(f"{len(small)} pictures are smaller than the base's and are enlarged, first '{small[0].path.name}'")
     if len(pictures) < ENOUGH:
         notes.append(f"only {len(pictures)} pictures: {ENOUGH} or more different ones generalise better")
-    long = cut_captions(base, captions)
+    filled = lengths(base, captions, reading_of(config))
+    chunks = config.caption_chunks if max(filled) > 1 else 1
+    long = [caption for caption, count in zip(captions, filled, strict=True) if count > chunks]
     if long:
-        notes.append(f"{len(long)} captions are longer than the base reads and are cut, first '{long[0]}'")
+        notes.append(
+            f"{len(long)} captions are longer than the base reads and are cut, first '{long[0]}': "
+            f"caption_chunks {max(filled)} would read them whole"
+        )
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
         notes.append(
             f"optimizer 'prodigy' scales the rate it finds by learning_rate, here {config.learning_rate:g}: 1 is usual"
@@ -199,6 +210,7 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         steps=steps,
         prior_pictures=prior,
         prior_captions=prior_captions,
+        chunks=chunks,
         start=start_of(base, config, layers),
         notes=tuple(notes),
     )
@@ -208,8 +220,13 @@ def _check_settled(config: ConceptConfig, base: Base) -> None:
     """The checks of values that base and kind may have chosen.
 
     Raises:
-        RequestError: more prior rows than the batch has, or a layer that the text encoder lacks.
+        RequestError: more prior rows than the batch has, a layer that the text encoder lacks, or timesteps that the base lacks.
     """
+    steps = int(base.scheduler.config["num_train_timesteps"])
+    for key in ("min_timestep", "max_timestep"):
+        value, most = getattr(config, key), steps - (key == "min_timestep")
+        if value is not None and value > most:
+            raise RequestError(f"{key} {value} is more than the {steps} timesteps of '{base.name}' allow: give at most {most}")
     if config.prior == "consistency" and config.prior_rows > config.batch:
         raise RequestError(
             f"prior_batch {config.prior_rows} is more than batch {config.batch}, but prior 'consistency' compares rows of the "

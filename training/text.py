@@ -1,4 +1,4 @@
-"""Captions as the UNet sees them: read as generation reads a prompt, but word for word (no weights) and cut to one chunk."""
+"""Captions as the UNet sees them: read as generation reads a prompt, but word for word (no weights) and all of one length."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compose.text import Encoded, Reading, encode_chunks, encode_layers, layers_of, words_of
-from compose.tokens import Chunk, literal
+from compose.text import PLAIN, Encoded, Reading, encode_chunks, encode_layers, layers_of, words_of
+from compose.tokens import Chunk, length, literal
 
 if TYPE_CHECKING:
     from studio.base import Base
@@ -25,22 +25,23 @@ class Reader:
     Args:
         learnt: words with vectors of their own.
         clip_skip: layer of the text encoder, counted from the end: 1 is the last.
+        count: chunks of every caption; longer ones are cut, shorter ones followed by empty chunks.
     """
 
-    def __init__(self, base: Base, learnt: Sequence[Embedding] = (), clip_skip: int = 1) -> None:
+    def __init__(self, base: Base, learnt: Sequence[Embedding] = (), clip_skip: int = 1, count: int = 1) -> None:
         reading = Reading(embeddings=tuple(learnt))
-        self.base, self.clip_skip = base, clip_skip
+        self.base, self.clip_skip, self.count = base, clip_skip, count
         self._words, self._layers = words_of(base, reading), layers_of(reading)
-        self._chunks: dict[str, dict[str, Chunk]] = {}
+        self._chunks: dict[str, dict[str, list[Chunk]]] = {}
 
     def read(self, texts: Sequence[str]) -> Encoded:
         """The states of ``texts``, side by side for every layer when a word is layer-wise; equal texts are read once."""
         single = list(dict.fromkeys(texts))
-        rows = {name: [self._chunk(name, text) for text in single] for name in self._words}
+        rows = {name: [chunk for text in single for chunk in self._read(name, text)] for name in self._words}
         if self._layers:
-            found = encode_layers(self.base, rows, 1, self._layers, self.clip_skip)
+            found = encode_layers(self.base, rows, self.count, self._layers, self.clip_skip)
         else:
-            found = encode_chunks(self.base, rows, 1, self.clip_skip)
+            found = encode_chunks(self.base, rows, self.count, self.clip_skip)
         return found.rows([single.index(text) for text in texts])
 
     @torch.no_grad()
@@ -54,10 +55,10 @@ class Reader:
             pooled=torch.cat(pooled) if pooled else None,
         )
 
-    def _chunk(self, name: str, text: str) -> Chunk:
+    def _read(self, name: str, text: str) -> list[Chunk]:
         known = self._chunks.setdefault(name, {})
         if text not in known:
-            known[text] = literal(self._words[name], text)
+            known[text] = literal(self._words[name], text, self.count)
         return known[text]
 
 
@@ -75,6 +76,7 @@ def known_words(base: Base, text: str) -> bool:
     return all(len(piece) == 1 and piece[0] != tokenizer.unk_token for piece in pieces)
 
 
-def cut_captions(base: Base, captions: Iterable[str]) -> list[str]:
-    """The captions that are longer than the text encoder reads."""
-    return [caption for caption in captions if len(base.tokenizer(caption).input_ids) > base.context_length]
+def lengths(base: Base, captions: Iterable[str], reading: Reading = PLAIN) -> list[int]:
+    """How many chunks of the text encoder each caption fills."""
+    every = words_of(base, reading).values()
+    return [max(length(words, caption) for words in every) for caption in captions]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compose.layerwise import cross_layers
-from compose.text import Reading, words_of
+from compose.text import PLAIN, Reading, words_of
 from compose.tokens import literal
 from studio.embeddings import Embedding
 from studio.errors import NumericsError, RequestError
@@ -126,12 +126,14 @@ def check_words(base: Base, config: ConceptConfig, captions: Sequence[str]) -> N
     room = base.context_length - 2
     if config.tokens > room:
         raise RequestError(f"tokens {config.tokens} is more than the {room} that '{base.name}' reads at a time: give fewer")
-    reading = _reading(config.trigger)
-    words = words_of(base, reading)["text_encoder"]
-    if not any(literal(words, caption).vectors for caption in captions):
+    words = words_of(base, reading_of(config))["text_encoder"]
+    if not any(chunk.vectors for caption in captions for chunk in literal(words, caption, config.caption_chunks)):
         raise RequestError(f"no caption holds the trigger '{config.trigger}', so its vectors would not be learnt: write it in")
 
 
-def _reading(word: str) -> Reading:
-    empty = torch.zeros(1, 1)
+def reading_of(config: ConceptConfig) -> Reading:
+    """How captions are read as far as lengths go: with the places of a learnt trigger, whose vectors are not there yet."""
+    if not config.words:
+        return PLAIN
+    word, empty = config.trigger, torch.zeros(config.tokens, 1)
     return Reading(embeddings=(Embedding(word, (word,), dict.fromkeys(ENCODERS, empty), Path(), ""),))

@@ -113,7 +113,8 @@ def concept(
 
 
 def _one(voice: Voice, config: Path | None, values: dict[str, Any], dry_run: bool) -> None:
-    from training.config import load_config, make_config
+    from training.config import make_config
+    from training.config_file import load_config
 
     made = load_config(config, **values) if config else make_config(**values)
     if dry_run:
@@ -142,7 +143,7 @@ def _several(
     voice: Voice, many: Path, data: Path | None, config: Path | None, out: Path | None, values: dict[str, Any], dry_run: bool
 ) -> None:
     from studio.errors import RequestError, StudioError
-    from training.config import read_options
+    from training.config_file import read_options
     from training.many import configs_of, summary, train_many
 
     if data is not None:

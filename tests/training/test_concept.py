@@ -94,6 +94,8 @@ def test_previews_come_after_saving_see_a_plain_base_and_change_nothing(configur
         {"train_text": "embedding", "precision": "bf16", "gradient_checkpointing": True, "optimizer": "adafactor"},
         {"train_text": "embedding+lora", "prior": "consistency", "accumulation": 2, "schedule": "cosine_with_restarts"},
         {"train_text": "embedding", "caption_dropout": 1.0},
+        {"loss": "huber", "min_timestep": 100, "prior": "consistency"},
+        {"loss": "smooth_l1", "huber_schedule": "exponential", "max_timestep": 300},
     ],
     ids=lambda changes: "+".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -237,6 +239,17 @@ def test_intermediate_files(configure: Configure) -> None:
     config = configure(save_every=2)
     train_concept(config, quiet)
     assert sorted(p.name for p in config.output.parent.iterdir()) == ["zqx-000002.safetensors", "zqx.safetensors"]
+
+
+def test_the_latest_intermediate_files_alone_are_kept_when_asked(configure: Configure) -> None:
+    config = configure(save_every=1, keep_last=2, steps=6)
+    other, later = (config.output.with_name(name) for name in ("zqx-night.safetensors", "zqx-000100.safetensors"))
+    config.output.parent.mkdir()
+    for path in (other, later):
+        path.write_bytes(b"not of this run")
+    train_concept(config, quiet)
+    kept = {"zqx-000004.safetensors", "zqx-000005.safetensors", "zqx.safetensors", other.name, later.name}
+    assert {path.name for path in config.output.parent.iterdir()} == kept
 
 
 @pytest.mark.parametrize(

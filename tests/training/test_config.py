@@ -11,7 +11,8 @@ import pytest
 from studio.base import Base
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.family import FAMILIES
-from training.config import FOREIGN_NAMES, ConceptConfig, load_config, make_config
+from training.config import FOREIGN_NAMES, ConceptConfig, make_config
+from training.config_file import load_config
 from training.finished import differences
 from training.plan import settled
 

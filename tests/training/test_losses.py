@@ -6,7 +6,17 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from training.losses import add_noise, min_snr_weights, snr, stratified_timesteps, target, velocity, weighted_mse
+from training.losses import (
+    add_noise,
+    huber_widths,
+    min_snr_weights,
+    snr,
+    stratified_timesteps,
+    target,
+    velocity,
+    weighted_huber,
+    weighted_mse,
+)
 
 
 @pytest.fixture
@@ -46,6 +56,30 @@ def test_weighted_mse_weighs_rows() -> None:
     wanted = torch.zeros(2, 1, 2, 2)
     said = torch.stack([torch.ones(1, 2, 2), 2 * torch.ones(1, 2, 2)])
     assert weighted_mse(said, wanted, torch.tensor([1.0, 0.5])).item() == pytest.approx((1 + 2) / 2)
+
+
+def test_pseudo_huber_is_square_for_small_errors_and_straight_for_large_ones() -> None:
+    wanted, one = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.tensor([1.0, 0.5])
+    small, large, widths = wanted + 1e-3, wanted + 100.0, torch.tensor([0.5, 0.1])
+    assert weighted_huber(small, wanted, one, widths).item() == pytest.approx(weighted_mse(small, wanted, one).item(), rel=1e-2)
+    assert weighted_huber(large, wanted, one, widths).item() == pytest.approx((100 * 1.0 + 20 * 0.5) / 2, rel=1e-2)
+    assert weighted_huber(large, wanted, one, widths, smooth=True).item() == pytest.approx((200 + 200 * 0.5) / 2, rel=1e-2)
+
+
+def test_pseudo_huber_is_straighter_where_there_is_noise(scheduler: DDPMScheduler) -> None:
+    abar, t = scheduler.alphas_cumprod, torch.tensor([0, 500, 999])
+    assert huber_widths(t, abar, 0.1, "constant").tolist() == pytest.approx([0.1] * 3)
+    exponential = huber_widths(t, abar, 0.1, "exponential").tolist()
+    assert exponential == pytest.approx([1.0, 0.1**0.5, 0.1 ** (999 / 1000)])
+    most, middle, least = huber_widths(t, abar, 0.1, "snr").tolist()
+    assert 0.9 < most <= 1 and most > middle > least > 0.1 and least < 0.11
+
+
+def test_timesteps_keep_to_the_levels_asked_for() -> None:
+    whole, part = (torch.Generator().manual_seed(3) for _ in range(2))
+    everything, some = stratified_timesteps(50, 1000, whole), stratified_timesteps(50, 100, part, 200)
+    assert everything.min() >= 0 and everything.max() < 1000
+    assert some.min() >= 200 and some.max() < 300 and torch.equal((some - 200), everything // 10)
 
 
 def test_timesteps_cover_every_slice_and_stay_uniform() -> None:
