@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+import numpy as np
+
 Z95 = 1.959963984540054
 SHARE = 0.1
 """Of pictures that lie beyond the ends the threshold is put between, see :func:`threshold_of`."""
@@ -44,11 +46,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     """
     if not values:
         raise ValueError("no values to take a quantile of")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return float(np.quantile(values, share))
 
 
 def threshold_of(there: Sequence[float], absent: Sequence[float]) -> float:

@@ -37,6 +37,7 @@ from tests.bench.compose_rows import (
     Row,
     best_candidate,
     counted,
+    differs,
     equivalents,
     fits,
     key_of,
@@ -220,8 +221,12 @@ class Bench:
                 if whole.name not in best:
                     best[whole.name] = self.chosen(whole, kind, make) if whole.candidates else {}
                 options = best[whole.name]
-                if options is not None:
-                    settled.append(replace(row, options={**whole.options, **options, **row.options}))
+                if options is None:
+                    continue
+                chosen = replace(whole, options={**whole.options, **options})
+                own = replace(row, options={**chosen.options, **row.options})
+                if not row.part_of or differs(own, chosen):
+                    settled.append(own)
             told = [
                 ROWS[name].at(options).name for name, options in best.items() if options is not None and ROWS[name].candidates
             ]

@@ -225,6 +225,15 @@ def fits(row: Row, case: Case) -> bool:
     return case.kind in row.kinds
 
 
+def differs(row: Row, other: Row) -> bool:
+    """Whether two rows of one method ask for different things: an option at its default is no difference."""
+    from compose import method_named
+
+    told, others = ({k: v for k, v in each.options.items() if k not in (WEIGHT, GROW)} for each in (row, other))
+    same = method_named(row.method, **told).options == method_named(other.method, **others).options
+    return not same or any(row.options.get(key) != other.options.get(key) for key in (WEIGHT, GROW))
+
+
 def key_of(row: Row, request: GenerateRequest, base_sha256: str, loras: Mapping[str, str]) -> str:
     """Identity of one picture: row, request, and the hashes of base and LoRAs. The name of the base does not matter."""
     told = request.model_dump(mode="json", exclude={"base"}, exclude_defaults=True)

@@ -21,7 +21,18 @@ from tests.bench.combinations import LORAS, Case, all_cases, cases, single_cases
 from tests.bench.compose import Bench, Drawn, Means, Scope, Wish, names_of
 from tests.bench.compose_judge import Seen
 from tests.bench.compose_report import MARK, report
-from tests.bench.compose_rows import ROWS, Row, best_candidate, counted, equivalents, request_of, rows_named, short_steps
+from tests.bench.compose_rows import (
+    ROWS,
+    WEIGHT,
+    Row,
+    best_candidate,
+    counted,
+    differs,
+    equivalents,
+    request_of,
+    rows_named,
+    short_steps,
+)
 from tests.bench.compose_store import Record, Store, read
 from tests.bench.compose_table import ceiling, cell, gap_closed, paired, points, single_rates, worst
 from tests.bench.page import replace_section
@@ -95,6 +106,16 @@ def test_every_row_and_candidate_is_a_request_its_method_takes() -> None:
     assert whole == {"cmlora", "clora", "lora-composer"}
     assert {row.name for row in rows_named(["parts", "merge"])} > {"merge", "clora-unguided"}
     assert "clora-unguided" not in {row.name for row in rows_named([])}
+
+
+def test_a_part_that_the_method_goes_without_anyway_is_no_row() -> None:
+    whole = ROWS["clora"]
+    unfound, found = (replace(whole, options=options) for options in ({"masks": "winner"}, {"masks": "winner", "find": 0.3}))
+    anew = ROWS["clora-anew"].options
+    assert anew == {"find": 0}
+    assert not differs(replace(unfound, options={**unfound.options, **anew}), unfound)
+    assert differs(replace(found, options={**found.options, **anew}), found)
+    assert differs(replace(unfound, options={**unfound.options, WEIGHT: 1.5}), unfound)
 
 
 # --- runs
