@@ -259,12 +259,12 @@ def last_tap(attention: Attention, plan: AttentionPlan, grid: Grid) -> str:
     ]
     if not tapped:
         raise RequestError("guidance reads attention maps, but the base has none of the layers it would read")
-    return max(tapped, key=_place)
+    return max(tapped, key=forward_order)
 
 
 def tokens_of(name: str, blocks: int, grid: Grid) -> int:
     """Image tokens of the layer ``name`` in a UNet of ``blocks`` on its way down: each but the last halves the cells."""
-    stage, index, _ = _place(name)
+    stage, index, _ = forward_order(name)
     halvings = (index, blocks - 1, blocks - 1 - index)[stage]
     height, width = grid.height, grid.width
     for _ in range(halvings):
@@ -272,7 +272,7 @@ def tokens_of(name: str, blocks: int, grid: Grid) -> int:
     return height * width
 
 
-def _place(name: str) -> tuple[int, int, tuple[tuple[bool, int, str], ...]]:
+def forward_order(name: str) -> tuple[int, int, tuple[tuple[bool, int, str], ...]]:
     """Sorts layers as a forward meets them: down, middle, up; numbers as numbers, ``attn1`` before ``attn2``."""
     stage = ("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0])
     numbers = re.findall(r"\d+", name)

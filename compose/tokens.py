@@ -89,24 +89,19 @@ def chunks(words: Words, text: str) -> list[Chunk]:
 def literal(words: Words, text: str, count: int = 1) -> list[Chunk]:
     """``text`` as it is written, without weights or breaks, in ``count`` chunks: how a trainer reads captions.
 
-    What does not fit is left out; what is shorter is followed by empty chunks.
+    Chunks end at commas, as those of a prompt do, where that leaves nothing out; else they are filled to the last column, and
+    what does not fit even so is left out. What is shorter is followed by empty chunks.
     """
     units = _units(words, text, 1.0)
-    runs = _cut(words, units)[: count - 1]
-    last: list[Unit] = []
-    used = 0
-    for unit in units[sum(map(len, runs)) :]:
-        used += len(unit.ids)
-        if used > words.room:
-            break
-        last.append(unit)
-    runs += [last, *[[]] * (count - 1 - len(runs))]
-    return [_framed(words, run) for run in runs]
+    runs = _cut(words, units)
+    if len(runs) > count:
+        runs = _cut(words, units, commas=False)[:count]
+    return [_framed(words, run) for run in [*runs, *[[]] * (count - len(runs))]]
 
 
 def length(words: Words, text: str) -> int:
-    """Chunks that ``text`` fills as it is written."""
-    return len(_cut(words, _units(words, text, 1.0)))
+    """The least number of chunks that hold ``text`` as it is written."""
+    return len(_cut(words, _units(words, text, 1.0), commas=False))
 
 
 def learnt(embeddings: Sequence[Embedding], text: str) -> set[str]:
@@ -173,13 +168,13 @@ def _split(embeddings: Sequence[Embedding], text: str) -> list[tuple[Embedding |
     return [*parts, (None, text[end:])]
 
 
-def _cut(words: Words, units: Sequence[Unit]) -> list[list[Unit]]:
-    """Units in runs of at most ``room`` tokens; at least one run."""
+def _cut(words: Words, units: Sequence[Unit], *, commas: bool = True) -> list[list[Unit]]:
+    """Units in runs of at most ``room`` tokens; at least one run. ``commas``: a run may end at one that is near its end."""
     runs: list[list[Unit]] = [[]]
     used = 0
     for unit in units:
         if used + len(unit.ids) > words.room:
-            rest = [] if unit.ids == (words.comma,) else _after_comma(words, runs[-1], used)
+            rest = [] if unit.ids == (words.comma,) or not commas else _after_comma(words, runs[-1], used)
             runs.append(rest)
             used = sum(len(one.ids) for one in rest)
             if used + len(unit.ids) > words.room:  # a long learnt word after a phrase that moved

@@ -44,34 +44,30 @@ class Captions:
     def __init__(self, base: Base, keep: bool, clip_skip: int = 1, chunks: int = 1) -> None:
         self.keep = keep
         self._reader = Reader(base, clip_skip=clip_skip, count=chunks)
+        self.texts: list[str] = []
         self._numbers: dict[str, int] = {}
         self._table: Encoded | None = None
 
-    @property
-    def texts(self) -> list[str]:
-        return list(self._numbers)
-
     def called(self, rows: Tensor) -> list[str]:
         """The captions that the numbers ``rows`` stand for."""
-        texts = self.texts
-        return [texts[number] for number in rows.tolist()]
+        return [self.texts[number] for number in rows.tolist()]
 
     def number(self, text: str) -> int:
         """The number of ``text``, a new one if it is new."""
         if text not in self._numbers:
-            self._numbers[text] = len(self._numbers)
-            self._table = None
+            self._numbers[text] = len(self.texts)
+            self.texts.append(text)
         return self._numbers[text]
 
     def warm(self) -> None:
-        """Encode every caption now."""
+        """Encode every caption known so far; those that come later, such as shuffled ones, are read when they are needed."""
         if self.keep and self._table is None:
             self._table = self._reader.read_frozen(self.texts)
 
     def states(self, rows: Tensor) -> Encoded:
         """The frozen encoder's states, on the CPU."""
         self.warm()
-        if self._table is None:
+        if self._table is None or int(rows.max()) >= len(self._table.states):
             return self._reader.read_frozen(self.called(rows))
         return self._table.rows(rows.tolist())
 
@@ -109,7 +105,7 @@ class Source:
 
     Args:
         levels: the timesteps ``low <= t < high`` that are drawn; None: all of the base's.
-        shuffle: clauses in front of every caption that stay there while the others change places; None: nothing moves.
+        kept_clauses: those in front of every caption that stay there while the others change places; None: nothing moves.
     """
 
     def __init__(
@@ -127,7 +123,7 @@ class Source:
         dropout: float = 0.0,
         noise_offset: float = 0.0,
         levels: tuple[int, int] | None = None,
-        shuffle: int | None = None,
+        kept_clauses: int | None = None,
         keep: bool = True,
     ) -> None:
         buckets = [bucket_of(p.width, p.height, sizes) for p in pictures]
@@ -137,7 +133,7 @@ class Source:
         self.texts = tuple(texts), tuple(swap_sides(text) for text in texts)
         for text in dict.fromkeys([*self.texts[0], *(self.texts[1] if flip else ()), *([""] if dropout else ())]):
             captions.number(text)
-        self.shuffle = shuffle
+        self.kept_clauses = kept_clauses
         self.seed, self.kind, self.flip, self.dropout, self.noise_offset = seed, kind, flip, dropout, noise_offset
         self.low, self.high = levels or (0, int(base.scheduler.config["num_train_timesteps"]))
 
@@ -153,8 +149,8 @@ class Source:
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
         said = ["" if drop else self.texts[flip][i] for i, flip, drop in zip(items, flips, drops, strict=True)]
-        if self.shuffle is not None:
-            said = [shuffled(text, self.shuffle, draw) for text in said]
+        if self.kept_clauses is not None:
+            said = [shuffled(text, self.kept_clauses, draw) for text in said]
         return Batch(latents=latents, noise=noise, t=t, captions=torch.tensor([self.captions.number(text) for text in said]))
 
 

@@ -8,7 +8,6 @@ of n-fold accumulation.
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -145,9 +144,7 @@ class _Run:
         from training.state import find, load
 
         plan, config = self.plan, self.config
-        # Every order of a shuffled caption is another text: nothing worth keeping.
-        keep = config.cache_text and not config.shuffle_caption
-        self.captions = Captions(plan.base, keep, config.clip_skip, plan.chunks)
+        self.captions = Captions(plan.base, config.cache_text, config.clip_skip, plan.chunks)
         self.source = Source(
             plan.base,
             plan.pictures,
@@ -160,7 +157,7 @@ class _Run:
             dropout=config.caption_dropout,
             noise_offset=config.noise_offset,
             levels=plan.levels,
-            shuffle=config.keep_tokens if config.shuffle_caption else None,
+            kept_clauses=config.keep_tokens if config.shuffle_caption else None,
             keep=config.cache_latents,
         )
         self.prior: Source | None = None
@@ -290,17 +287,17 @@ class _Run:
     def _save_between(self) -> None:
         from training.export import write
 
-        config, names = self.config, re.compile(rf"{re.escape(self.config.output.stem)}-(\d{{6,}})\.safetensors")
-        path = config.output.with_name(f"{config.output.stem}-{self.step:06d}.safetensors")
+        config = self.config
+
+        def named(step: int) -> Path:
+            return config.output.with_name(f"{config.output.stem}-{step:06d}.safetensors")
+
         try:
-            write(path, self._lora(), self._layout())
-        except FileError as error:  # the run may still finish
+            write(named(self.step), self._lora(), self._layout())
+            if config.keep_last and (past := self.step - config.keep_last * config.save_every) > 0:
+                named(past).unlink(missing_ok=True)
+        except (FileError, OSError) as error:  # the run may still finish
             self._note(str(error))
-            return
-        if config.keep_last:
-            told = [(int(match[1]), file) for file in path.parent.iterdir() if (match := names.fullmatch(file.name))]
-            for _, file in sorted(one for one in told if one[0] <= self.step)[: -config.keep_last]:
-                file.unlink(missing_ok=True)
 
     def _again(self) -> str:
         """What a run that ends early has kept."""

@@ -145,7 +145,7 @@ class ConceptConfig(BaseModel):
     """Folder of class pictures for ``prior: images``."""
     prior_prompts: tuple[str, ...] = ()
     """Prompts to protect; empty: everyday things, the class word and the captions without the trigger; on the embedded base, to
-    which a made-up word means nothing, everyday things of other classes alone."""
+    which a made-up word means nothing, everyday things of other classes alone, unless ``train_text`` teaches it the word."""
     prior_weight: Annotated[float, Field(ge=0, le=100)] = 0.3
     prior_batch: Annotated[int, Field(ge=1)] | None = None
     """Rows of a batch spent on the prior; None: for ``images`` half as many as ``batch``, for ``consistency`` a quarter. For
@@ -222,7 +222,7 @@ class ConceptConfig(BaseModel):
             _compiled(pattern, "block_rates")
         return value
 
-    @field_validator("optimizer", "schedule", mode="before")
+    @field_validator("optimizer", "schedule", "loss", "huber_schedule", mode="before")
     @classmethod
     def _spelling(cls, value: object) -> object:
         """Names as other trainers write them: ``AdamW8bit``, ``constant_with_warmup``."""
@@ -268,6 +268,7 @@ class ConceptConfig(BaseModel):
         for key in ("token_init", "token_learning_rate"):
             if getattr(self, key) and not self.words:
                 raise ValueError(f"{key} is given but train_text is '{self.train_text}': set train_text to 'embedding'")
+        self._effective()
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError(
                 f"max_timestep {self.max_timestep} is not above min_timestep {self.min_timestep}, so no noise would be learnt: "
@@ -277,6 +278,17 @@ class ConceptConfig(BaseModel):
             raise ValueError("train_unet is off and train_text is 'none', so nothing would be learnt: set one of them")
         self._one_rate()
         return self
+
+    def _effective(self) -> None:
+        """An option that would do nothing is a misunderstanding."""
+        for key, needed, idle in (
+            ("keep_tokens", "shuffle_caption to true", not self.shuffle_caption),
+            ("huber_c", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
+            ("huber_schedule", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
+            ("keep_last", "save_every to a number of steps", not self.save_every),
+        ):
+            if idle and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is given but would do nothing: set {needed}, or leave it out")
 
     def _one_rate(self) -> None:
         """Prodigy finds one rate for everything."""

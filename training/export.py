@@ -44,7 +44,7 @@ def metadata(plan: Plan, step: int) -> dict[str, str]:
         "ss_epoch": config.epochs,
         "ss_clip_skip": config.clip_skip if config.clip_skip > 1 else None,
         "ss_shuffle_caption": config.shuffle_caption or None,
-        "ss_keep_tokens": config.keep_tokens or None,
+        "ss_keep_tokens": config.keep_tokens if config.shuffle_caption else None,
         "ss_max_token_length": plan.chunks * (plan.base.context_length - 2) if plan.chunks > 1 else None,
         "ss_loss_type": config.loss if config.loss != "l2" else None,
         "ss_huber_c": config.huber_c if config.loss != "l2" else None,

@@ -81,7 +81,8 @@ def weighted_huber(prediction: Tensor, wanted: Tensor, weights: Tensor, widths: 
     the square of a small ``d``, ``2 c |d|`` of a large one. ``smooth``: without the leading ``c``: ``d^2 / c`` and ``2 |d|``.
     """
     c = widths.float().reshape(-1, *[1] * (prediction.ndim - 1))
-    rows = 2 * (((prediction.float() - wanted.float()).square() + c * c).sqrt() - c) * (1 if smooth else c)
+    squares = (prediction.float() - wanted.float()).square()
+    rows = 2 * squares / ((squares + c * c).sqrt() + c) * (1 if smooth else c)  # the same, and exact for small differences
     return (rows.flatten(1).mean(1) * weights).mean()
 
 

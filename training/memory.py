@@ -34,16 +34,20 @@ class Memory:
         return self.weights + self.adapters + self.activations + OVERHEAD
 
 
-def estimate(base: Base, config: ConceptConfig, layers: Mapping[str, Sequence[str]], size: tuple[int, int]) -> Memory:
-    """Memory of training ``layers`` of ``base`` on pictures of ``size`` (width, height). An estimate, not a promise."""
+def estimate(
+    base: Base, config: ConceptConfig, layers: Mapping[str, Sequence[str]], size: tuple[int, int], chunks: int = 1
+) -> Memory:
+    """Memory of training ``layers`` of ``base`` on pictures of ``size`` (width, height), with captions of ``chunks`` chunks. An
+    estimate, not a promise."""
     weights = sum(_bytes(model) for model in base.models().values()) + _bytes(base.vae)
     parameters = parameter_count(base, config.rank, layers) + word_count(base, config)
     adapters = parameters * (4 + 4 + OPTIMIZER_BYTES[config.optimizer])
-    row = _row(base, config, layers.get("unet", ()), size)
+    length = base.context_length * chunks
+    row = _row(base, config, layers.get("unet", ()), size, length)
     rows = config.batch
     if config.prior != "none":
         rows += config.prior_rows
-    text = _text(base, config)
+    text = _text(base, config, length)
     share = 0.6 if config.precision != "fp32" else 1.0  # norms and softmax stay in single precision under autocast
     return Memory(weights, adapters, int((row * rows + text) * share))
 
@@ -88,8 +92,9 @@ class _Processor:
         return attn.to_out[0](out)
 
 
-def _text(base: Base, config: ConceptConfig) -> int:
-    """Bytes kept for the backward pass of the text encoders, when something of the text is learnt; in single precision.
+def _text(base: Base, config: ConceptConfig, length: int) -> int:
+    """Bytes kept for the backward pass of the text encoders, when something of the text is learnt, for captions of ``length``
+    tokens; in single precision.
 
     A caption with a layer-wise word is read once for every cross-attention layer; other prompts once.
     """
@@ -104,11 +109,11 @@ def _text(base: Base, config: ConceptConfig) -> int:
         # Queries, keys, values, the output and both norms; the input and the slope of the activation; inputs of LoRA layers.
         numbers = 7 * int(shape.hidden_size) + 2 * int(shape.intermediate_size)
         numbers += 5 * int(shape.hidden_size) if config.text_lora else 0
-        total += readings * base.context_length * layers * numbers * 4
+        total += readings * length * layers * numbers * 4
     return total
 
 
-def _row(base: Base, config: ConceptConfig, names: Sequence[str], size: tuple[int, int]) -> int:
+def _row(base: Base, config: ConceptConfig, names: Sequence[str], size: tuple[int, int], length: int) -> int:
     """Bytes kept for the backward pass of one picture in single precision."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
@@ -135,7 +140,7 @@ def _row(base: Base, config: ConceptConfig, names: Sequence[str], size: tuple[in
     for block in blocks:
         block.register_forward_hook(lambda module, args, out: outputs.append(out.numel() * out.element_size()))
     factor = base.latent_factor
-    width, length = base.unet.config.cross_attention_dim, base.context_length
+    width = base.unet.config.cross_attention_dim
     sample = torch.zeros(1, base.latent_channels, size[1] // factor, size[0] // factor, device="meta")
     added: dict[str, Tensor] | None = None
     if base.text_encoder_2 is not None:

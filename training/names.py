@@ -65,9 +65,6 @@ FOREIGN_NAMES = {
     "shuffle_tokens": "shuffle_caption",
     "max_token_length": "caption_chunks",
     "loss_type": "loss",
-    "min_denoising_steps": "min_timestep",
-    "max_denoising_steps": "max_timestep",
-    "save_last_n_steps": "keep_last",
     "save_last_n_epochs": "keep_last",
     "max_step_saves_to_keep": "keep_last",
 }
@@ -79,8 +76,9 @@ SPELLINGS = {
     "adamw_8bit": "adamw8bit",
     "lion_8bit": "lion8bit",
     "sgdnesterov": "sgd",
+    "mse": "l2",
 }
-"""What others call our optimisers and schedules."""
+"""What others call our optimisers, schedules and losses."""
 
 NEUTRAL = frozenset(
     [

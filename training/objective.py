@@ -26,7 +26,7 @@ class Objective(nn.Module):
     The denoising loss is ``w(t) |eps_lora(x_t, t, c) - target|^2`` with min-SNR weights ``w``. The prior adds
     ``prior_weight`` times the same loss on pictures of the class (DreamBooth, Ruiz et al., 2023, eq. 2), or without pictures
     ``w(t) |eps_lora(x_t, t, c') - eps_base(x_t, t, c')|^2`` on class and everyday prompts c' (BA-LoRA's consistency term,
-    in noise space).
+    in noise space). With another ``loss`` both squares are that (:func:`~training.losses.weighted_huber`).
     """
 
     def __init__(
@@ -67,21 +67,21 @@ class Objective(nn.Module):
     def _denoising(self, batch: Batch) -> Tensor:
         latents, noise, t, noised = self._noised(batch, len(batch.t))
         said = self._predict(noised, t, self._text(batch.captions))
-        wanted = target(self._kind, latents, noise, t, self._abar)
-        config, weights = self._config, self._weights(t)
-        if config.loss == "l2":
-            return weighted_mse(said, wanted, weights)
-        widths = huber_widths(t, self._abar, config.huber_c, config.huber_schedule)
-        return weighted_huber(said, wanted, weights, widths, smooth=config.loss == "smooth_l1")
+        return self._distance(said, target(self._kind, latents, noise, t, self._abar), t)
 
     def _consistency(self, batch: Batch, prompts: Tensor) -> Tensor:
         _, _, t, noised = self._noised(batch, len(prompts))
         with torch.no_grad(), self._adapters.absent():
             teacher = self._predict(noised, t, self._captions.states(prompts))
-        return weighted_mse(self._predict(noised, t, self._text(prompts)), teacher, self._weights(t))
+        return self._distance(self._predict(noised, t, self._text(prompts)), teacher, t)
 
-    def _weights(self, t: Tensor) -> Tensor:
-        return min_snr_weights(t, self._abar, self._config.min_snr, self._kind)
+    def _distance(self, said: Tensor, wanted: Tensor, t: Tensor) -> Tensor:
+        config = self._config
+        weights = min_snr_weights(t, self._abar, config.min_snr, self._kind)
+        if config.loss == "l2":
+            return weighted_mse(said, wanted, weights)
+        widths = huber_widths(t, self._abar, config.huber_c, config.huber_schedule)
+        return weighted_huber(said, wanted, weights, widths, smooth=config.loss == "smooth_l1")
 
     def _text(self, numbers: Tensor) -> Encoded:
         if self._config.train_text == "none":

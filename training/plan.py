@@ -79,6 +79,8 @@ class Plan:
         }
         if self.config.prior != "none":
             values["prior_rows"] = self.config.prior_rows
+        if self.config.prior == "consistency" and _blind(self.config, self.base):
+            values["prior_prompts"] = list(self.prior_captions)
         if self.prior_pictures:
             values["prior_pictures"] = digest(self.prior_pictures)
         return values
@@ -176,14 +178,6 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         notes.append(f"{len(small)} pictures are smaller than the base's and are enlarged, first '{small[0].path.name}'")
     if len(pictures) < ENOUGH:
         notes.append(f"only {len(pictures)} pictures: {ENOUGH} or more different ones generalise better")
-    filled = lengths(base, captions, reading_of(config))
-    chunks = config.caption_chunks if max(filled) > 1 else 1
-    long = [caption for caption, count in zip(captions, filled, strict=True) if count > chunks]
-    if long:
-        notes.append(
-            f"{len(long)} captions are longer than the base reads and are cut, first '{long[0]}': "
-            f"caption_chunks {max(filled)} would read them whole"
-        )
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
         notes.append(
             f"optimizer 'prodigy' scales the rate it finds by learning_rate, here {config.learning_rate:g}: 1 is usual"
@@ -198,8 +192,15 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     if config.prior == "consistency" and not config.deltas:
         notes.append("prior 'consistency' is not needed: only words are learnt, so nothing can be forgotten")
     elif config.prior == "consistency":
-        blind = base.family.name == EMBEDDED and config.train_text == "none"
-        prior_captions = _prior_prompts(config, captions, blind=blind)
+        prior_captions = _prior_prompts(config, captions, blind=_blind(config, base))
+    texts = list(dict.fromkeys([*captions, *prior_captions]))
+    filled = lengths(base, texts, reading_of(config))
+    long = [text for text, count in zip(texts, filled, strict=True) if count > config.caption_chunks]
+    if long:
+        notes.append(
+            f"{len(long)} captions are longer than caption_chunks {config.caption_chunks} reads and are cut, first '{long[0]}'"
+            f" (it would take {filled[texts.index(long[0])]})"
+        )
     return Plan(
         config=config,
         base=base,
@@ -210,7 +211,7 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         steps=steps,
         prior_pictures=prior,
         prior_captions=prior_captions,
-        chunks=chunks,
+        chunks=config.caption_chunks if max(filled) > 1 else 1,
         start=start_of(base, config, layers),
         notes=tuple(notes),
     )
@@ -281,11 +282,16 @@ def _captions(config: ConceptConfig, pictures: Sequence[Picture]) -> tuple[list[
     return captions, notes
 
 
+def _blind(config: ConceptConfig, base: Base) -> bool:
+    """Whether a made-up word means nothing to the base, and is not taught to."""
+    return base.family.name == EMBEDDED and config.train_text == "none"
+
+
 def _prior_prompts(config: ConceptConfig, captions: Sequence[str], *, blind: bool) -> list[str]:
     """Prompts on which LoRA and frozen base should agree: the captions without the trigger, the class, everyday things.
 
-    ``blind``: to the base a made-up word means nothing. Its UNet then reads captions with and without the trigger alike, and to
-    hold it to the latter would forbid the lesson: everyday things that are not of the class remain.
+    ``blind``: the UNet reads captions with and without the trigger alike. To hold it to the latter would forbid the lesson:
+    everyday things that are not of the class remain.
     """
     if config.prior_prompts:
         return [config.fill(text) for text in config.prior_prompts]
@@ -364,6 +370,6 @@ def describe(config: ConceptConfig, base: Base | None = None) -> Description:
         layers=sum(len(names) for names in plan.layers.values()),
         parameters=parameters,
         file_bytes=(parameters - words) * (4 if config.save_precision == "fp32" else 2) + words * 4,
-        memory_bytes=estimate(plan.base, config, plan.layers, size).total,
+        memory_bytes=estimate(plan.base, config, plan.layers, size, plan.chunks).total,
         notes=notes,
     )

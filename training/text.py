@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 PIECE = 32
 """Captions in one forward of a frozen text encoder."""
+REMEMBERED = 4096
+"""Captions whose tokens are remembered; shuffled ones have no end."""
 
 
 class Reader:
@@ -58,6 +60,8 @@ class Reader:
     def _read(self, name: str, text: str) -> list[Chunk]:
         known = self._chunks.setdefault(name, {})
         if text not in known:
+            if len(known) >= REMEMBERED:
+                known.clear()
             known[text] = literal(self._words[name], text, self.count)
         return known[text]
 

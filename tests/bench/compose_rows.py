@@ -226,7 +226,7 @@ def fits(row: Row, case: Case) -> bool:
 
 
 def differs(row: Row, other: Row) -> bool:
-    """Whether two rows of one method ask for different things: an option at its default is no difference."""
+    """Whether two rows of one method ask for different things: an option of the method at its default is no difference."""
     from compose import method_named
 
     told, others = ({k: v for k, v in each.options.items() if k not in (WEIGHT, GROW)} for each in (row, other))

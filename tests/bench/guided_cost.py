@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.guidance import stopping
+from compose.guidance import forward_order, stopping
 from compose.plan import Role, Where
 from compose.routes import Grid
 from pipelines.image import generate
@@ -88,7 +88,7 @@ def bare(base: Base) -> tuple[float, float]:
     mapped = Where(role=Role.CROSS, names=base.family.map_layers)
     grid = Grid(rows=1, height=height, width=width)
     crossed = [name for name, _ in unet.named_modules() if name.endswith("attn2")]
-    last = [name for name in crossed if mapped.holds(name, Role.CROSS, height * width, grid)][-1]
+    last = max((name for name in crossed if mapped.holds(name, Role.CROSS, height * width, grid)), key=forward_order)
 
     def forward(leaf: Tensor) -> Tensor:
         return unet(leaf, 500, encoder_hidden_states=states, return_dict=False)[0]

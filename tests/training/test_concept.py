@@ -16,6 +16,7 @@ from studio.lora.files import load_lora, read_header
 from studio.lora.model import Lora
 from tests.training.conftest import Configure, draw
 from training import describe, train_concept
+from training.batches import Batch, Source
 from training.concept import Progress
 from training.plan import prepare
 from training.state import find
@@ -243,13 +244,42 @@ def test_intermediate_files(configure: Configure) -> None:
 
 def test_the_latest_intermediate_files_alone_are_kept_when_asked(configure: Configure) -> None:
     config = configure(save_every=1, keep_last=2, steps=6)
-    other, later = (config.output.with_name(name) for name in ("zqx-night.safetensors", "zqx-000100.safetensors"))
+    foreign = {"zqx-night.safetensors", "zqx-000100.safetensors", "zqx-000000.safetensors"}
     config.output.parent.mkdir()
-    for path in (other, later):
-        path.write_bytes(b"not of this run")
+    for name in foreign:
+        config.output.with_name(name).write_bytes(b"not of this run")
     train_concept(config, quiet)
-    kept = {"zqx-000004.safetensors", "zqx-000005.safetensors", "zqx.safetensors", other.name, later.name}
-    assert {path.name for path in config.output.parent.iterdir()} == kept
+    kept = {"zqx-000004.safetensors", "zqx-000005.safetensors", "zqx.safetensors"}
+    assert {path.name for path in config.output.parent.iterdir()} == kept | foreign
+
+
+def test_a_file_that_cannot_be_removed_is_only_noted(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "another program holds it", str(self))
+
+    monkeypatch.setattr(Path, "unlink", held)
+    result = train_concept(configure(save_every=1, keep_last=1), quiet)
+    assert result.steps == 4 and sum("another program holds it" in note for note in result.notes) == 2
+
+
+def test_noise_levels_and_losses_reach_the_training(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.Tensor] = []
+    real = Source.batch
+
+    def watched(self: Source, index: int) -> Batch:
+        batch = real(self, index)
+        drawn.append(batch.t)
+        return batch
+
+    monkeypatch.setattr(Source, "batch", watched)
+    train_concept(configure(min_timestep=200, max_timestep=300, prior="none"), quiet)
+    levels = torch.cat(drawn)
+    assert len(levels) == 16 and 200 <= levels.min() < 225 and 275 <= levels.max() < 300
+    first = {
+        loss: train_concept(configure(loss=loss, restart=True, prior="none", min_snr=None), quiet).losses[0]
+        for loss in ("l2", "huber", "smooth_l1")
+    }
+    assert first["huber"] < 0.9 * first["l2"] and first["huber"] < 0.9 * first["smooth_l1"]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +366,7 @@ def test_what_the_base_takes_for_the_lesson_itself_is_not_protected(configure: C
     told = prepare(configure(class_word="apple", train_text="embedding+lora")).prior_captions
     assert {"an apple", "a cat"} < set(told) and not any("zqx" in caption for caption in told)
     assert prepare(configure(prior_prompts=("an apple",))).prior_captions == ["an apple"]
+    assert prepare(configure()).identity()["prior_prompts"] == blind
 
 
 def test_description_resolves_and_estimates(configure: Configure, pictures: Path) -> None:

@@ -59,9 +59,12 @@ def test_weighted_mse_weighs_rows() -> None:
 
 
 def test_pseudo_huber_is_square_for_small_errors_and_straight_for_large_ones() -> None:
-    wanted, one = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.tensor([1.0, 0.5])
+    wanted, one = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 0.5])
     small, large, widths = wanted + 1e-3, wanted + 100.0, torch.tensor([0.5, 0.1])
-    assert weighted_huber(small, wanted, one, widths).item() == pytest.approx(weighted_mse(small, wanted, one).item(), rel=1e-2)
+    for tiny in (small, wanted + 1e-6):
+        assert weighted_huber(tiny, wanted, one, widths).item() == pytest.approx(
+            weighted_mse(tiny, wanted, one).item(), rel=1e-2
+        )
     assert weighted_huber(large, wanted, one, widths).item() == pytest.approx((100 * 1.0 + 20 * 0.5) / 2, rel=1e-2)
     assert weighted_huber(large, wanted, one, widths, smooth=True).item() == pytest.approx((200 + 200 * 0.5) / 2, rel=1e-2)
 
