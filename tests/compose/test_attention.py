@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from compose.attention import Attention, Processor, attention_layers, from_frames, isolated, mass, read, visible
 from compose.bank import Adapter, LoraBank
-from compose.kernels import choose, in_xformers_layout, proves_itself, sdpa
+from compose.kernels import in_xformers_layout, sdpa
 from compose.plan import (
     AttentionPlan,
     Isolation,
@@ -33,6 +33,7 @@ from studio.base import Base
 from studio.errors import RequestError
 from studio.lora.dense import dense
 from studio.lora.model import Lora
+from tests.compose.test_kernels import in_layout
 
 GRID = Grid(rows=2, height=8, width=12)
 CROSS, SELF = Where(role=Role.CROSS), Where(role=Role.SELF)
@@ -333,12 +334,6 @@ def test_key_frames_against_frames_computed_one_by_one(base: Base) -> None:
     assert from_frames(torch.arange(3.0).view(3, 1, 1, 1), KeyFrames().table(3)).flatten().tolist() == [0, 0, 0, 0, 0, 1]
 
 
-def in_layout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A reference of xformers' contract: ``[B, M, H, K]`` in and out."""
-    logits = torch.einsum("bmhk,bnhk->bhmn", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("bhmn,bnhk->bmhk", logits.softmax(-1), v)
-
-
 def test_the_xformers_branch_against_the_stock_processors(base: Base) -> None:
     kernel = in_xformers_layout(in_layout)
     calls = []
@@ -354,33 +349,6 @@ def test_the_xformers_branch_against_the_stock_processors(base: Base) -> None:
     mask = torch.zeros(2, 1, 5, 7)
     q, k = some(2, 3, 5, 8), some(2, 3, 7, 8, seed=1)
     torch.testing.assert_close(kernel(q, k, k, mask), sdpa(q, k, k))
-
-
-def test_large_batches_are_split_for_the_xformers_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compose.kernels.BATCH_LIMIT", 4)
-    sizes: list[int] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sizes.append(len(q))
-        return in_layout(q, k, v)
-
-    q, k = some(10, 3, 5, 8), some(10, 3, 7, 8, seed=1)
-    torch.testing.assert_close(in_xformers_layout(attend)(q, k, k), sdpa(q, k, k), atol=1e-6, rtol=1e-5)
-    assert sizes == [4, 4, 2]
-
-
-def test_a_kernel_must_prove_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, sizes = torch.device("cpu"), (40, 64, 80, 160)
-    assert proves_itself(in_xformers_layout(in_layout), cpu, torch.float32, sizes) == ""
-    assert proves_itself(in_xformers_layout(in_layout), cpu, torch.bfloat16, sizes) == ""
-    assert "off by" in proves_itself(in_xformers_layout(lambda q, k, v: in_layout(q, k, v) * 1.1), cpu, torch.float32, sizes)
-    assert "off by nan" in proves_itself(in_xformers_layout(lambda q, k, v: q * float("nan")), cpu, torch.float32, sizes)
-
-    def refuses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError("no kernel for this card")
-
-    assert "NotImplementedError: no kernel" in proves_itself(in_xformers_layout(refuses), cpu, torch.float32, sizes)
-    assert choose(cpu, torch.float32, sizes) == (sdpa, "")
 
 
 def test_other_peoples_processors_are_refused(base: Base) -> None:
