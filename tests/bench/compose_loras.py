@@ -30,7 +30,7 @@ PICTURES = 8
 ROLES: dict[Role, dict[str, Any]] = {
     # Shown on eight known subjects, it must learn what they have in common; held to the base, it would learn nothing.
     "accessory": {"steps": 300, "rank": 16, "targets": "all", "prior": "none"},
-    "background": {"steps": 250},
+    "background": {"targets": "all", "prior": "none"},
 }
 """What a role needs beside the trainer's defaults."""
 
