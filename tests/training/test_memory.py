@@ -40,9 +40,9 @@ def test_learning_words_costs_the_text_encoder_s_memory(base: Base, configure: C
         with saved_for_backward(base.text_encoder) as kept:
             Reader(base, [adapters.word.embedding]).read([f"a zqx {word}" for word in ("apple", "cat", "dog", "style")])
     real = sum(size for size, _ in kept.values())
-    assert _text(base, config) == pytest.approx(real, rel=0.34)
+    assert _text(base, config, base.context_length) == pytest.approx(real, rel=0.34)
     plain = configure(batch=4)
-    assert _text(base, plain) == 0
+    assert _text(base, plain, base.context_length) == 0
     assert parameter_count(base, 2, chosen_layers(base, config)) == 0
     assert word_count(base, config) == next(iter(adapters.word.vectors.values())).numel()
 
