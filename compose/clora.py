@@ -55,7 +55,7 @@ from compose.guidance import (
     visits,
     word_maps,
 )
-from compose.maps import Seen, mean_map, mean_values, min_max
+from compose.maps import SecondHalf, Seen, mean_map, mean_values, min_max
 from compose.options import Count, Share, Strength, from_json, names, numbers
 from compose.plan import AttentionPlan
 from compose.routes import per_row
@@ -167,10 +167,9 @@ class CLoRA(Separate):
             with bank.acting(self.only(run, concept)):
                 self.prompts[concept] = run.say(variant)
         if self.options.find > 0:
-            steps = max(2, round(self.options.find * len(run.timesteps)))
-            finder = Finder(self.options.model_copy(update={"find": 0.0}), steps)
-            run.probe(finder, steps)
-            self.found = finder.mean
+            half = SecondHalf(self.options.find, len(run.timesteps))
+            run.probe(Finder(self.options.model_copy(update={"find": 0.0}), half), half.steps)
+            self.found = half.seen
         bank.route = self.only(run, None)
 
     def is_always(self, adapter: Adapter) -> bool:
@@ -336,19 +335,15 @@ class CLoRA(Separate):
 
 
 class Finder(CLoRA):
-    """The first ``steps`` of a run, to see where its subjects are.
+    """The first steps of a run, to see where its subjects are: what ``half`` has ``seen`` afterwards."""
 
-    Attributes after a run: ``mean``: what its second half attended to.
-    """
-
-    def __init__(self, options: CLoRAOptions, steps: int) -> None:
+    def __init__(self, options: CLoRAOptions, half: SecondHalf) -> None:
         super().__init__(options)
-        self.steps = steps
-        self.mean: Seen | None = None
+        self.half = half
 
     def weigh(self, step: Step, seen: Seen, like: Tensor) -> Tensor:
-        if step.index >= self.steps // 2:
-            self.mean = seen if self.mean is None else self.mean.then(seen)
+        if self.half.reads(step.index):
+            self.half.add(seen)
         return super().weigh(step, seen, like)
 
 

@@ -37,6 +37,24 @@ class Seen:
         return Seen(torch.lerp(self.words, other.words, share), selves, self.readings + 1)
 
 
+class SecondHalf:
+    """What the second half of a run's first ``share`` attends to, at least two steps; the first has no subjects yet.
+
+    Attributes: ``steps``: how many are run. ``seen``: the mean; None before anything was read.
+    """
+
+    def __init__(self, share: float, steps: int) -> None:
+        self.steps = max(2, round(share * steps))
+        self.seen: Seen | None = None
+
+    def reads(self, index: int) -> bool:
+        """Whether the step ``index``, from 0, is one of those."""
+        return index >= self.steps // 2
+
+    def add(self, seen: Seen) -> None:
+        self.seen = seen if self.seen is None else self.seen.then(seen)
+
+
 def mean_values(maps: Sequence[Map]) -> Tensor:
     """The mean over layers ``[rows, h * w, S]``; all must have the same cells, as a family's map layers do."""
     return torch.stack([each.values for each in maps]).mean(0)

@@ -39,10 +39,14 @@ def stream(seed: int, kind: int, index: int) -> torch.Generator:
 
 
 class Captions:
-    """Every caption of a run by number, and the frozen encoder's states, computed once when they are kept."""
+    """Every caption of a run by number, and the frozen encoder's states, computed once when they are kept.
+
+    Args:
+        chunks: chunks of the text encoder that every caption is read in.
+    """
 
     def __init__(self, base: Base, keep: bool, clip_skip: int = 1, chunks: int = 1) -> None:
-        self.keep = keep
+        self.keep, self.clip_skip, self.chunks = keep, clip_skip, chunks
         self._reader = Reader(base, clip_skip=clip_skip, count=chunks)
         self.texts: list[str] = []
         self._numbers: dict[str, int] = {}
@@ -104,7 +108,7 @@ class Source:
     """Batches of one data set.
 
     Args:
-        levels: the timesteps ``low <= t < high`` that are drawn; None: all of the base's.
+        levels: the timesteps ``low <= t < high`` that are drawn.
         kept_clauses: those in front of every caption that stay there while the others change places; None: nothing moves.
     """
 
@@ -118,11 +122,11 @@ class Source:
         sizes: Sequence[tuple[int, int]],
         batch: int,
         seed: int,
+        levels: tuple[int, int],
         kind: int = DATA,
         flip: bool = False,
         dropout: float = 0.0,
         noise_offset: float = 0.0,
-        levels: tuple[int, int] | None = None,
         kept_clauses: int | None = None,
         keep: bool = True,
     ) -> None:
@@ -130,12 +134,12 @@ class Source:
         self.plan = BatchPlan(grouped(pictures, buckets), batch, seed)
         self.latents = Latents(base, pictures, buckets, keep)
         self.captions = captions
-        self.texts = tuple(texts), tuple(swap_sides(text) for text in texts)
-        for text in dict.fromkeys([*self.texts[0], *(self.texts[1] if flip else ()), *([""] if dropout else ())]):
+        self.texts = tuple(texts), tuple(swap_sides(text) for text in texts) if flip else ()
+        for text in dict.fromkeys([*self.texts[0], *self.texts[1], *([""] if dropout else ())]):
             captions.number(text)
         self.kept_clauses = kept_clauses
         self.seed, self.kind, self.flip, self.dropout, self.noise_offset = seed, kind, flip, dropout, noise_offset
-        self.low, self.high = levels or (0, int(base.scheduler.config["num_train_timesteps"]))
+        self.low, self.high = levels
 
     def batch(self, index: int) -> Batch:
         """Batch number ``index``, on the CPU."""

@@ -178,7 +178,7 @@ class _Run:
         if config.train_text == "none" or self.prompts:
             self.captions.warm()  # before autocast, whatever the precision
         device = self.accelerator.device
-        objective = Objective(plan.base, self.adapters, self.captions, config, device, plan.chunks)
+        objective = Objective(plan.base, self.adapters, self.captions, config, device)
         optimizer = make_optimizer(config, self.adapters.groups(config))
         found = find(config.work)
         if found:
@@ -296,7 +296,7 @@ class _Run:
             write(named(self.step), self._lora(), self._layout())
             if config.keep_last and (past := self.step - config.keep_last * config.save_every) > 0:
                 named(past).unlink(missing_ok=True)
-        except (FileError, OSError) as error:  # the run may still finish
+        except (FileError, OSError) as error:  # OSError: of the file that goes; the run may still finish
             self._note(str(error))
 
     def _again(self) -> str:

@@ -29,14 +29,13 @@ class Objective(nn.Module):
     in noise space). With another ``loss`` both squares are that (:func:`~training.losses.weighted_huber`).
     """
 
-    def __init__(
-        self, base: Base, adapters: Adapters, captions: Captions, config: ConceptConfig, device: torch.device, chunks: int = 1
-    ) -> None:
+    def __init__(self, base: Base, adapters: Adapters, captions: Captions, config: ConceptConfig, device: torch.device) -> None:
         super().__init__()
         self.unet = base.unet
         self.encoders = nn.ModuleList(m for key, m in base.models().items() if key != "unet" and config.train_text != "none")
         self.vectors = nn.ParameterList(adapters.word.vectors.values() if adapters.word else ())
-        self._reader = Reader(base, [adapters.word.embedding] if adapters.word else (), config.clip_skip, chunks)
+        learnt = [adapters.word.embedding] if adapters.word else ()
+        self._reader = Reader(base, learnt, captions.clip_skip, captions.chunks)
         self._base, self._adapters, self._captions, self._config = base, adapters, captions, config
         self._device = device
         self._abar: Tensor = base.scheduler.alphas_cumprod.to(device)

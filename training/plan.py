@@ -12,7 +12,7 @@ from compose.finder import says
 from studio.errors import FileError, RequestError
 from studio.prompts import article
 from training.accelerators import check_device, launched, launcher_notes
-from training.config import EMBEDDED, ConceptConfig
+from training.config import ConceptConfig
 from training.dataset import Picture, bucket_of, bucket_sizes, digest, read_folder, with_trigger, without_trigger
 from training.names import LATER, NEUTRAL
 from training.optim import check_optimizer
@@ -51,8 +51,8 @@ class Plan:
     @property
     def levels(self) -> tuple[int, int]:
         """The timesteps ``low <= t < high`` that are learnt."""
-        steps = int(self.base.scheduler.config["num_train_timesteps"])
-        return self.config.min_timestep, steps if self.config.max_timestep is None else self.config.max_timestep
+        most = self.config.max_timestep
+        return self.config.min_timestep, _timesteps(self.base) if most is None else most
 
     @property
     def buckets(self) -> dict[tuple[int, int], int]:
@@ -128,7 +128,7 @@ def settled(config: ConceptConfig, base: Base) -> ConceptConfig:
     A style is learnt without cross-attention: a LoRA there ties the look to the words of the eight subjects it was shown on,
     and draws any other subject as before. A concept is held to the frozen base: without that, a second LoRA beside it vanishes.
     """
-    style, small = config.kind == "style", base.family.name == EMBEDDED
+    style, small = config.kind == "style", _embedded(base)
     chosen: dict[str, Any] = {"learning_rate": (2e-3 if style else 1e-3) if small else 1e-4}
     if config.optimizer == "prodigy":
         chosen["learning_rate"] = 1.0
@@ -223,7 +223,7 @@ def _check_settled(config: ConceptConfig, base: Base) -> None:
     Raises:
         RequestError: more prior rows than the batch has, a layer that the text encoder lacks, or timesteps that the base lacks.
     """
-    steps = int(base.scheduler.config["num_train_timesteps"])
+    steps = _timesteps(base)
     for key in ("min_timestep", "max_timestep"):
         value, most = getattr(config, key), steps - (key == "min_timestep")
         if value is not None and value > most:
@@ -239,6 +239,10 @@ def _check_settled(config: ConceptConfig, base: Base) -> None:
         raise RequestError(
             f"clip_skip {config.clip_skip} is more than the {layers} layers of the text encoder of '{base.name}'"
         )
+
+
+def _timesteps(base: Base) -> int:
+    return int(base.scheduler.config["num_train_timesteps"])
 
 
 def _load(config: ConceptConfig, device: Any) -> Base:
@@ -282,9 +286,14 @@ def _captions(config: ConceptConfig, pictures: Sequence[Picture]) -> tuple[list[
     return captions, notes
 
 
+def _embedded(base: Base) -> bool:
+    """Whether ``base`` is of the embedded family, far smaller than others."""
+    return base.family.name == "embedded"
+
+
 def _blind(config: ConceptConfig, base: Base) -> bool:
     """Whether a made-up word means nothing to the base, and is not taught to."""
-    return base.family.name == EMBEDDED and config.train_text == "none"
+    return _embedded(base) and config.train_text == "none"
 
 
 def _prior_prompts(config: ConceptConfig, captions: Sequence[str], *, blind: bool) -> list[str]:
