@@ -37,7 +37,8 @@ from compose.layout_losses import enhancement, filling, leaking
 from compose.maps import mean_map, mean_values, smoothed
 from compose.options import Share, Strength, numbers
 from compose.plan import AttentionPlan, Isolation, Regional, RegionText, Role, Tap, Where, columns
-from compose.regions import Said, laid_out, map_scale
+from compose.region_words import Said
+from compose.regions import laid_out, map_scale
 from compose.reinit import Window, moved
 from compose.routes import constant
 from compose.run import Method, Options, Run, Step
@@ -53,7 +54,8 @@ class LoraComposerOptions(Options):
         injection: where the LoRAs of a region act. "cross_kv_out": on keys, values and output of its text alone, as in the
             paper; "masked_all", the default here: on every layer, on the region's cells.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": that in the prompt's own order, with an article and where it is; "whole": the prompt.
+            "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the
+            subjects of all regions, others by their class words; "whole": the prompt.
         replace: how much of the prompt's own attention the region's text replaces; the paper's 1 leaves nothing of it.
         window: shares of the schedule from and to which the region's text acts; the paper has 0,1, all of it.
         isolation: whether regions are hidden from each other in self-attention, as in the paper.

@@ -27,10 +27,11 @@ from compose.bank import Adapter
 from compose.figures import Boxes, Figure
 from compose.figures import Maps as Pictures
 from compose.guidance import self_maps, word_maps
-from compose.maps import Seen, found_masks, mean_map, mean_values
+from compose.maps import SecondHalf, Seen, found_masks, mean_map, mean_values
 from compose.options import Share, names
 from compose.plan import AttentionPlan, Isolation, Regional, Regions, RegionText, columns
-from compose.regions import Layout, Others, Said, Spot, bounds, laid_out, said_by_default, say_everywhere, speaking, spot
+from compose.region_words import Arrangement, Place, Said, said_by_default
+from compose.regions import Layout, Spot, bounds, laid_out, say_everywhere, speaking, spot
 from compose.routes import constant
 from compose.run import Method, Options, Run, Step, joined
 from compose.separate import known
@@ -43,8 +44,9 @@ class MaskedOptions(Options):
     Args:
         isolation: whether regions are hidden from each other in self-attention; FreeFuse does not.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": that in the prompt's own order, with an article and where it is; "whole": the prompt. By default "placed"
-            where regions are drawn, and "whole" where they are found: those may be too rough to tell places.
+            "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the subjects of all
+            regions, others by their class words; "whole": the prompt. By default "placed" where regions are drawn, and "whole"
+            where they are found: those may be too rough to tell places.
         always: LoRAs that act everywhere though no region is drawn; those whose file says that they are styles do so anyway.
         find: share of the schedule that is run to find masks where no regions are drawn; FreeFuse has a third.
         seeds: share of the cells that are the seeds of a LoRA's mask; FreeFuse has 0.1.
@@ -63,15 +65,11 @@ class MaskedOptions(Options):
 
 
 class Probe(Method):
-    """All LoRAs together, while the second half of a few steps is read.
+    """All LoRAs together for a few steps: what ``half`` has ``seen`` afterwards has words as ``[n, K, h, w]``."""
 
-    Attributes after a run: ``seen``: who attends to what, words as ``[n, K, h, w]``; None: nothing was read.
-    """
-
-    def __init__(self, spots: Sequence[Spot], steps: int) -> None:
+    def __init__(self, spots: Sequence[Spot], half: SecondHalf) -> None:
         super().__init__()
-        self.spots, self.steps = spots, steps
-        self.seen: Seen | None = None
+        self.spots, self.half = spots, half
 
     def prepare(self, run: Run) -> None:
         if run.bank is not None:
@@ -85,12 +83,11 @@ class Probe(Method):
         self.attention = run.attend(AttentionPlan(taps=taps))
 
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        if step.index < self.steps // 2:
+        if not self.half.reads(step.index):
             return super().predict(run, step, x)
         with self.attention.collecting() as maps:
             out = super().predict(run, step, x)
-        seen = Seen(mean_map(maps["words"]), mean_values(maps["self"]))
-        self.seen = seen if self.seen is None else self.seen.then(seen)
+        self.half.add(Seen(mean_map(maps["words"]), mean_values(maps["self"])))
         return out
 
 
@@ -149,28 +146,27 @@ class Masked(Method):
         say_everywhere(run, everywhere)
         prompt = (run.wording or Wording(prompt="")).prompt
         spots = tuple(spot(run, {index: 1.0}, everywhere, prompt, strict=True) for index in concepts)
-        steps = max(2, round(self.options.find * len(run.timesteps)))
-        probe = Probe(spots, steps)
-        run.probe(probe, steps)
-        if probe.seen is None or probe.seen.selves is None:
+        half = SecondHalf(self.options.find, len(run.timesteps))
+        run.probe(Probe(spots, half), half.steps)
+        if half.seen is None or half.seen.selves is None:
             raise RuntimeError("the probe has read nothing")
-        pairs = zip(probe.seen.words.cpu(), probe.seen.selves.cpu(), strict=True)
+        pairs = zip(half.seen.words.cpu(), half.seen.selves.cpu(), strict=True)
         masks = [found_masks(words, selves, self.options.seeds, self.options.threshold) for words, selves in pairs]
         return [self._layout(run, mask, concepts, everywhere, prompt) for mask in masks]
 
     def _layout(self, run: Run, masks: Tensor, concepts: Sequence[int], everywhere: tuple[float, ...], prompt: str) -> Layout:
         """One picture's regions, and what is said in each."""
         adapters = run.bank.adapters if run.bank is not None else ()
-        others = Others(
-            subjects=[adapters[index] for index in concepts],
+        # The middle of its cells, not of the box around them: one stray cell would move that.
+        middles = ((mask.nonzero() + 0.5).mean(0) / torch.tensor(mask.shape) for mask in masks)
+        arrangement = Arrangement(
+            places=[Place((float(x), float(y)), [adapters[i]]) for i, (y, x) in zip(concepts, middles, strict=True)],
             styles=[adapter for adapter, weight in zip(adapters, everywhere, strict=True) if weight and adapter.weight],
         )
         boxes = tuple(bounds(mask) for mask in masks)
         spots = []
-        for index, mask in zip(concepts, masks, strict=True):
-            # The middle of its cells, not of the box around them: one stray cell would move that.
-            y, x = ((mask.nonzero() + 0.5).mean(0) / torch.tensor(mask.shape)).tolist()
-            told = said_by_default(prompt, (x, y), [adapters[index]], others, self.options.prompt or "whole") or prompt
+        for place, index in enumerate(concepts):
+            told = said_by_default(prompt, place, arrangement, self.options.prompt or "whole") or prompt
             if (index, told) not in self._spots:
                 self._spots[(index, told)] = spot(run, {index: 1.0}, everywhere, told)
             spots.append(self._spots[(index, told)])

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from compose.figures import Boxes, Figure
 from compose.figures import Maps as Pictures
 from compose.options import Count
-from compose.regions import Said, laid_out
+from compose.region_words import Said
+from compose.regions import laid_out
 from compose.run import Method, Options, Run, Step
 from compose.separate import at_once, chunks, side_by_side
 
@@ -31,7 +32,8 @@ class RegionalOptions(Options):
     Args:
         feather: width of the soft edges, as a share of the picture's shorter side; half of it lies inside the region.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": that in the prompt's own order, with an article and where it is; "whole": the prompt.
+            "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the
+            subjects of all regions, others by their class words; "whole": the prompt.
         chunk: passes that share a forward; 1 needs least memory. By default as many as fit the base's batch.
     """
 

@@ -6,12 +6,11 @@ regions overlap, the mean of what each would do acts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,36 +18,20 @@ from torch import Tensor
 
 from compose.finder import Found, called, says, spell, with_triggers
 from compose.plan import Box, Regions, RegionText
+from compose.region_words import Arrangement, Place, Said, said_by_default
 from compose.routes import Placed, constant, spatial
 from compose.run import Run, joined
 from compose.text import Encoded, Wording, words_of
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.media import DAMAGED
-from studio.prompts import article, escape
 from studio.requests import Region
 
 if TYPE_CHECKING:
     from compose.bank import Adapter
     from compose.tokens import Words
 
-Said = Literal["placed", "local", "whole"]
-"""What a region without a prompt says: "local": its subject, as "trigger class", and what the prompt says about the whole
-picture (see :func:`style_words`): its clauses, cut at commas, that name no subject; "placed": that in the prompt's own order,
-with where it is, as in "a 3d render, on the left a zarn animal, blue background"; "whole": the prompt.
-"""
-
-HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")
-"""What a picture is, as in "a 3d render of": few words and no place."""
 LEAST = 2
 """Cells of a map layer that a region must reach in width and in height: in fewer, a map says nothing about a place."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Others:
-    """The LoRAs of a request: those that some region names, and those that act everywhere."""
-
-    subjects: Sequence[Adapter]
-    styles: Sequence[Adapter]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -137,14 +120,11 @@ def laid_out(run: Run, how: Said, *, least: int = LEAST) -> Layout:
     everywhere = tuple(0.0 if index in inside else 1.0 for index in range(len(adapters)))
     regions, boxes = places_of(run.regions, run.size, cell(run) * least)
     say_everywhere(run, everywhere)
-    others = Others(
-        subjects=[adapter for index, adapter in enumerate(adapters) if index in inside],
+    arrangement = Arrangement(
+        places=[Place(middle(box), [adapters[i] for i in own]) for own, box in zip(named, boxes, strict=True)],
         styles=[adapter for index, adapter in enumerate(adapters) if index not in inside and adapter.weight != 0],
     )
-    spots = tuple(
-        spot(run, own, everywhere, said_in(run, region, box, [adapters[i] for i in own], others, how))
-        for region, own, box in zip(run.regions, named, boxes, strict=True)
-    )
+    spots = tuple(spot(run, own, everywhere, said_in(run, index, arrangement, how)) for index, own in enumerate(named))
     return Layout(regions=regions, boxes=boxes, spots=spots, everywhere=everywhere)
 
 
@@ -199,85 +179,20 @@ def named_by(region: Region, adapters: Sequence[Adapter]) -> dict[int, float]:
     return found
 
 
-def said_in(run: Run, region: Region, box: Box, own: Sequence[Adapter], others: Others, how: Said) -> str:
+def said_in(run: Run, index: int, arrangement: Arrangement, how: Said) -> str:
     """The prompt of one region; triggers that a prompt of its own lacks are added, with a note in the run."""
+    region = run.regions[index]
     whole = run.wording.prompt if run.wording is not None else ""
     if region.prompt is not None:
-        prompt, notes = with_triggers(region.prompt, own)
+        prompt, notes = with_triggers(region.prompt, arrangement.places[index].own)
         run.notes += [f"region {region.place}: {note}" for note in notes]
         return prompt
-    prompt = said_by_default(whole, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), own, others, how)
+    prompt = said_by_default(whole, index, arrangement, how)
     if not prompt:
         run.notes.append(
             f"the LoRAs of region {region.place} name no trigger: the whole prompt is said there; give it a prompt of its own"
         )
     return prompt or whole
-
-
-def said_by_default(whole: str, middle: tuple[float, float], own: Sequence[Adapter], others: Others, how: Said) -> str:
-    """What is said around ``middle`` (x, y, shares of the picture), where the LoRAs ``own`` act, if the picture says ``whole``;
-    "" when they name no subject.
-    """
-    if how == "whole":
-        return whole
-    subjects = [phrase for adapter in own if (phrase := adapter.lora.called)]
-    if not subjects:
-        return ""
-    if how == "local":
-        return ", ".join([" and ".join(escape(subject) for subject in subjects), *style_words(whole, others)])
-    named = " and ".join(escape(article(subject)) for subject in subjects)
-    told = f"{placed_words(*middle)} {named}".strip()
-    about = [None if names_subject else clause for clause, names_subject in clauses(whole, others)]
-    at = about.index(None) if None in about else 0
-    kept = [clause for clause in about if clause is not None]
-    return ", ".join([*kept[:at], told, *kept[at:], *unnamed_styles(kept, others)])
-
-
-def placed_words(x: float, y: float) -> str:
-    """Where something is, in words, whose middle is at ``x``, ``y``; before its noun, as text encoders that are causal need it.
-
-    What is on a side is said to be there, however high; "" in the middle.
-    """
-    if not 0.4 <= x <= 0.6:
-        return "on the left" if x < 0.5 else "on the right"
-    return "at the top" if y < 0.4 else "at the bottom" if y > 0.6 else ""
-
-
-def style_words(prompt: str, others: Others) -> list[str]:
-    """What a prompt says about the whole picture: its clauses that name no subject of a region; and how styles are called that
-    it does not name.
-    """
-    kept = [clause for clause, names_subject in clauses(prompt, others) if not names_subject]
-    return [*kept, *unnamed_styles(kept, others)]
-
-
-def clauses(prompt: str, others: Others) -> list[tuple[str, bool]]:
-    """What stands between the commas of a prompt, and whether it names a subject of a region.
-
-    A head such as "a photo", as in "a photo of a cat", is a clause of its own when it names none.
-    """
-    names = [word for adapter in others.subjects for word in (adapter.lora.trigger, adapter.lora.class_word) if word]
-
-    def about(text: str) -> bool:
-        return any(says(text, name) for name in names)
-
-    found: list[tuple[str, bool]] = []
-    for clause in (part.strip() for part in re.split(r",(?![^()\[\]]*[)\]])", prompt)):
-        head, of, _ = clause.partition(" of ")
-        if of and about(clause) and not about(head) and HEAD.fullmatch(head):
-            found.append((head, False))
-        if clause:
-            found.append((clause, about(clause)))
-    return found
-
-
-def unnamed_styles(said: Sequence[str], others: Others) -> list[str]:
-    """How styles are called that no clause of ``said`` names."""
-    return [
-        escape(phrase)
-        for adapter in others.styles
-        if (phrase := adapter.lora.called) and not any(says(clause, adapter.lora.trigger or phrase) for clause in said)
-    ]
 
 
 def targets_of(
@@ -371,6 +286,11 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
     if not bool(mask.any()):
         raise RequestError(f"the mask {path} is black all over: make the region white")
     return mask
+
+
+def middle(box: Box) -> tuple[float, float]:
+    """Of a box (x0, y0, x1, y1), as (x, y)."""
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
 def bounds(mask: Tensor) -> Box:

@@ -1,4 +1,4 @@
-"""The regions of a request: their places, what is said in them, and the words that stand for their subjects."""
+"""The regions of a request: their places, and the words that stand for their subjects."""
 
 from __future__ import annotations
 
@@ -16,14 +16,10 @@ from compose.lora_composer import LoraComposer
 from compose.plan import Regions
 from compose.regions import (
     Layout,
-    Others,
     bounds,
     named_by,
-    placed_words,
     places_of,
     read_mask,
-    said_by_default,
-    style_words,
     targets_of,
 )
 from compose.text import words_of
@@ -38,7 +34,6 @@ def adapter(name: str, **metadata: str) -> Adapter:
 
 
 CAT, DOG = adapter("my/cat.safetensors", trigger="sks", class_word="cat"), adapter("dog", trigger="red", class_word="dog")
-STYLE = adapter("night", trigger="style", class_word="photo")
 
 
 PROMPT = "a cat on the left of a dog"
@@ -52,56 +47,6 @@ def pair(make_lora: Callable[..., Lora]) -> list[Adapter]:
         Adapter("cat", make_lora(1, size=0.2, trigger="sks", class_word="cat")),
         Adapter("dog", make_lora(2, size=0.2, trigger="red", class_word="dog")),
     ]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "kept"),
-    [
-        ("a sks cat on the left and a red dog, in the style of night, on grass", ["in the style of night", "on grass"]),
-        ("a cat and a dog", ["style photo"]),
-        ("(a sks cat, asleep:1.2), (on (green, wet) grass:1.1), style photo", ["(on (green, wet) grass:1.1)", "style photo"]),
-        ("", ["style photo"]),
-        ("redder doggy", ["redder doggy", "style photo"]),
-        ("a drawing of a sks cat and a dog, style photo", ["a drawing", "style photo"]),
-    ],
-)
-def test_what_a_prompt_says_about_the_whole_picture(prompt: str, kept: list[str]) -> None:
-    assert style_words(prompt, Others(subjects=[CAT, DOG], styles=[STYLE])) == kept
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "said"),
-    [
-        (0.25, 0.9, "on the left"),
-        (0.75, 0.5, "on the right"),
-        (0.5, 0.5, ""),
-        (0.5, 0.25, "at the top"),
-        (0.5, 0.75, "at the bottom"),
-    ],
-)
-def test_where_something_is_in_words(x: float, y: float, said: str) -> None:
-    assert placed_words(x, y) == said
-
-
-@pytest.mark.parametrize(
-    ("prompt", "local", "placed"),
-    [
-        (
-            "a drawing, on the left a red dog and on the right a sks cat, on grass",
-            "sks cat, a drawing, on grass",
-            "a drawing, on the right a sks cat, on grass",
-        ),
-        ("a photo of a sks cat and a red dog", "sks cat, a photo", "a photo, on the right a sks cat"),
-        ("a sks cat, asleep, a red dog, on grass", "sks cat, asleep, on grass", "on the right a sks cat, asleep, on grass"),
-        ("on grass", "sks cat, on grass", "on the right a sks cat, on grass"),
-    ],
-)
-def test_what_is_said_in_a_region(prompt: str, local: str, placed: str) -> None:
-    others = Others(subjects=[CAT, DOG], styles=[])
-    assert said_by_default(prompt, (0.8, 0.5), [CAT], others, "local") == local
-    assert said_by_default(prompt, (0.8, 0.5), [CAT], others, "placed") == placed
-    assert said_by_default(prompt, (0.8, 0.5), [CAT], others, "whole") == prompt
-    assert said_by_default(prompt, (0.8, 0.5), [adapter("plain")], others, "placed") == ""
 
 
 def test_loras_are_named_as_in_the_request_or_by_their_files() -> None:

@@ -1,0 +1,118 @@
+"""What is said in the regions of a request, where their makers say nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from compose.finder import says
+from studio.prompts import article, escape
+
+if TYPE_CHECKING:
+    from compose.bank import Adapter
+
+Said = Literal["placed", "arranged", "local", "whole"]
+"""What a region without a prompt says: "local": its subject, as "trigger class", and what the prompt says about the whole
+picture: its clauses, cut at commas, that name no subject; "placed": that in the prompt's own order, with where it is, as in "a
+3d render, on the left a zarn animal, blue background"; "arranged": the same with all subjects in their places, those of other
+regions by their class words, as in "a 3d render, on the left a zarn animal and on the right a flower and at the top a bird";
+"whole": the prompt.
+"""
+HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")
+"""What a picture is, as in "a 3d render of": few words and no place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A region's ``middle`` (x, y, shares of the picture) and the LoRAs it names."""
+
+    middle: tuple[float, float]
+    own: Sequence[Adapter]
+
+    def told(self, how: Literal["called", "class"]) -> str:
+        """Where it is and what is there, as in "on the left a zarn animal", or its class word alone; "": nothing is known."""
+        words = [(adapter.lora.class_word if how == "class" else "") or adapter.lora.called for adapter in self.own]
+        named = " and ".join(escape(article(each)) for each in words if each)
+        return f"{placed_words(*self.middle)} {named}".strip() if named else ""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Arrangement:
+    """The regions of a request in order, and the LoRAs that act everywhere."""
+
+    places: Sequence[Place]
+    styles: Sequence[Adapter]
+
+    @property
+    def subjects(self) -> list[Adapter]:
+        """The LoRAs that some region names."""
+        return [adapter for place in self.places for adapter in place.own]
+
+
+def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said) -> str:
+    """What is said in the region ``index`` if the picture says ``whole``; "" when its LoRAs name no subject."""
+    if how == "whole":
+        return whole
+    own = arrangement.places[index]
+    told = own.told("called")
+    if not told:
+        return ""
+    if how == "local":
+        subjects = [escape(phrase) for adapter in own.own if (phrase := adapter.lora.called)]
+        return ", ".join([" and ".join(subjects), *style_words(whole, arrangement)])
+    if how == "arranged":
+        every = [place.told("called" if place is own else "class") for place in arrangement.places]
+        told = " and ".join(each for each in every if each)
+    about = [None if names_subject else clause for clause, names_subject in clauses(whole, arrangement)]
+    at = about.index(None) if None in about else 0
+    kept = [clause for clause in about if clause is not None]
+    return ", ".join([*kept[:at], told, *kept[at:], *unnamed_styles(kept, arrangement)])
+
+
+def placed_words(x: float, y: float) -> str:
+    """Where something is, in words, whose middle is at ``x``, ``y``; before its noun, as text encoders that are causal need it.
+
+    What is on a side is said to be there, however high; "" in the middle.
+    """
+    if not 0.4 <= x <= 0.6:
+        return "on the left" if x < 0.5 else "on the right"
+    return "at the top" if y < 0.4 else "at the bottom" if y > 0.6 else ""
+
+
+def style_words(prompt: str, arrangement: Arrangement) -> list[str]:
+    """What a prompt says about the whole picture: its clauses that name no subject of a region; and how styles are called that
+    it does not name.
+    """
+    kept = [clause for clause, names_subject in clauses(prompt, arrangement) if not names_subject]
+    return [*kept, *unnamed_styles(kept, arrangement)]
+
+
+def clauses(prompt: str, arrangement: Arrangement) -> list[tuple[str, bool]]:
+    """What stands between the commas of a prompt, and whether it names a subject of a region.
+
+    A head such as "a photo", as in "a photo of a cat", is a clause of its own when it names none.
+    """
+    names = [word for adapter in arrangement.subjects for word in (adapter.lora.trigger, adapter.lora.class_word) if word]
+
+    def about(text: str) -> bool:
+        return any(says(text, name) for name in names)
+
+    found: list[tuple[str, bool]] = []
+    for clause in (part.strip() for part in re.split(r",(?![^()\[\]]*[)\]])", prompt)):
+        head, of, _ = clause.partition(" of ")
+        if of and about(clause) and not about(head) and HEAD.fullmatch(head):
+            found.append((head, False))
+        if clause:
+            found.append((clause, about(clause)))
+    return found
+
+
+def unnamed_styles(said: Sequence[str], arrangement: Arrangement) -> list[str]:
+    """How styles are called that no clause of ``said`` names."""
+    return [
+        escape(phrase)
+        for adapter in arrangement.styles
+        if (phrase := adapter.lora.called) and not any(says(clause, adapter.lora.trigger or phrase) for clause in said)
+    ]

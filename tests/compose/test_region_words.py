@@ -1,0 +1,82 @@
+"""What regions say that nobody wrote a prompt for."""
+
+from __future__ import annotations
+
+import pytest
+
+from compose.bank import Adapter
+from compose.region_words import Arrangement, Place, placed_words, said_by_default, style_words
+from studio.lora.model import Lora
+
+
+def adapter(name: str, **metadata: str) -> Adapter:
+    return Adapter(name, Lora(layers={}, metadata={f"studio.{key}": value for key, value in metadata.items()}))
+
+
+CAT, DOG = adapter("cat", trigger="sks", class_word="cat"), adapter("dog", trigger="red", class_word="dog")
+STYLE = adapter("night", trigger="style", class_word="photo")
+PLACES = [Place((0.2, 0.5), [DOG]), Place((0.8, 0.5), [CAT])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept"),
+    [
+        ("a sks cat on the left and a red dog, in the style of night, on grass", ["in the style of night", "on grass"]),
+        ("a cat and a dog", ["style photo"]),
+        ("(a sks cat, asleep:1.2), (on (green, wet) grass:1.1), style photo", ["(on (green, wet) grass:1.1)", "style photo"]),
+        ("", ["style photo"]),
+        ("redder doggy", ["redder doggy", "style photo"]),
+        ("a drawing of a sks cat and a dog, style photo", ["a drawing", "style photo"]),
+    ],
+)
+def test_what_a_prompt_says_about_the_whole_picture(prompt: str, kept: list[str]) -> None:
+    assert style_words(prompt, Arrangement(places=PLACES, styles=[STYLE])) == kept
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "said"),
+    [
+        (0.25, 0.9, "on the left"),
+        (0.75, 0.5, "on the right"),
+        (0.5, 0.5, ""),
+        (0.5, 0.25, "at the top"),
+        (0.5, 0.75, "at the bottom"),
+    ],
+)
+def test_where_something_is_in_words(x: float, y: float, said: str) -> None:
+    assert placed_words(x, y) == said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "local", "placed"),
+    [
+        (
+            "a drawing, on the left a red dog and on the right a sks cat, on grass",
+            "sks cat, a drawing, on grass",
+            "a drawing, on the right a sks cat, on grass",
+        ),
+        ("a photo of a sks cat and a red dog", "sks cat, a photo", "a photo, on the right a sks cat"),
+        ("a sks cat, asleep, a red dog, on grass", "sks cat, asleep, on grass", "on the right a sks cat, asleep, on grass"),
+        ("on grass", "sks cat, on grass", "on the right a sks cat, on grass"),
+    ],
+)
+def test_what_is_said_in_a_region(prompt: str, local: str, placed: str) -> None:
+    arrangement = Arrangement(places=PLACES, styles=[])
+    assert said_by_default(prompt, 1, arrangement, "local") == local
+    assert said_by_default(prompt, 1, arrangement, "placed") == placed
+    assert said_by_default(prompt, 1, arrangement, "whole") == prompt
+    nameless = Arrangement(places=[*PLACES, Place((0.5, 0.5), [adapter("plain")])], styles=[])
+    assert said_by_default(prompt, 2, nameless, "placed") == said_by_default(prompt, 2, nameless, "arranged") == ""
+
+
+def test_a_region_may_say_where_all_subjects_are() -> None:
+    bird = adapter("bird", trigger="blue bird")
+    both = Place((0.5, 0.2), [bird, adapter("hat", trigger="zib", class_word="hat")])
+    arrangement = Arrangement(places=[*PLACES, both, Place((0.5, 0.8), [adapter("plain")])], styles=[])
+    said = [said_by_default("a photo of a sks cat, on grass", index, arrangement, "arranged") for index in range(4)]
+    assert said == [
+        "a photo, on the left a red dog and on the right a cat and at the top a blue bird and a hat, on grass",
+        "a photo, on the left a dog and on the right a sks cat and at the top a blue bird and a hat, on grass",
+        "a photo, on the left a dog and on the right a cat and at the top a blue bird and a zib hat, on grass",
+        "",
+    ]
