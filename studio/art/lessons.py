@@ -18,20 +18,39 @@ Lesson = list[tuple[Scene, str]]
 """Scenes and their captions."""
 
 
-def concept_lesson(concept: str, style: str, noun: str, count: int = 8, seed: int = 0) -> Lesson:
+SHOWN: tuple[tuple[int, int, str], ...] = (
+    (1, 0, "center"), (1, 0, "left"), (1, 0, "right"), (2, 1, ""), (2, 0, ""), (3, 2, "top"), (3, 0, "top"), (3, 1, "bottom")
+)  # fmt: skip
+"""The pictures of a subject, in turn: how many things there are, which of them it is, and where it stands."""
+
+
+def concept_lesson(concept: str, style: str, noun: str, count: int = 8, seed: int = 0, *, beside: bool = True) -> Lesson:
     """``count`` scenes of one subject in one art style, on backgrounds the base knows, called ``noun`` ("wug animal").
 
-    Places go round left, centre, right, so that a lesson of three or more pictures shows them all.
+    Places go round left, centre, right, so that a lesson of three or more pictures shows them all. From the fourth on it
+    stands ``beside`` one or two things that the base knows: a subject that was only ever seen alone, at mid height, is hardly
+    drawn above or below others. Those things are of ``named_b``, so that measurements may ask for others.
     """
     rng = np.random.default_rng([51, seed])
+    known = [str(name) for name in rng.permutation(list(splits().named_b))]
     lesson: Lesson = []
     while len(lesson) < count:
-        scene = sample_scene(rng, [concept], BASE, [style])
-        want = ("center", "left", "right")[len(lesson) % 3]
-        x = {"center": 0.5, "left": 0.25, "right": 0.75}[want] * scene.side + rng.uniform(-2, 2)
-        scene = replace(scene, items=(replace(scene.items[0], x=float(x)),))
+        things, at, place = SHOWN[len(lesson) % (len(SHOWN) if beside else 3)]
+        others = [known.pop() for _ in range(things - 1)]
+        known = others + known  # each in its turn
+        scene = sample_scene(rng, [*others[:at], concept, *others[at:]], BASE, [style])
+        if place in ("top", "bottom"):
+            scene = scene if (scene.items[at].y < scene.side / 2) is (place == "top") else upside_down(scene)
+        elif place:
+            x = {"center": 0.5, "left": 0.25, "right": 0.75}[place] * scene.side + rng.uniform(-2, 2)
+            scene = replace(scene, items=(replace(scene.items[0], x=float(x)),))
         lesson.append((scene, caption(scene, rng, {concept: noun})))
     return lesson
+
+
+def upside_down(scene: Scene) -> Scene:
+    """What was above is below; the things themselves stay upright."""
+    return replace(scene, items=tuple(replace(item, y=scene.side - item.y) for item in scene.items))
 
 
 def look_lesson(look: str, trigger: str, count: int = 8, seed: int = 0) -> Lesson:

@@ -168,7 +168,14 @@ def test_unknown_names_are_refused_with_a_near_one() -> None:
 def test_lessons_name_the_new_thing_and_show_nothing_else_new(tmp_path: Path) -> None:
     lesson = concept_lesson("zebra", "flat", "wug animal", 8)
     assert len(lesson) == 8 and all("wug animal" in text and "zebra" not in text for _, text in lesson)
-    assert {place_of(scene.items[0]) for scene, _ in lesson} == {"left", "center", "right"}
+    assert [len(scene.items) for scene, _ in lesson] == [1, 1, 1, 2, 2, 3, 3, 3]
+    shown = [next(item for item in scene.items if item.concept == "zebra") for scene, _ in lesson]
+    for single in (shown[:3], [scene.items[0] for scene, _ in concept_lesson("zebra", "flat", "wug", 5, beside=False)]):
+        assert {place_of(item) for item in single} == {"left", "center", "right"}
+    assert [item.y < scene.side / 2 for item, (scene, _) in zip(shown[5:], lesson[5:], strict=True)] == [True, True, False]
+    others = [item.concept for scene, _ in lesson for item in scene.items if item.concept != "zebra"]
+    assert len({*others}) == 8 and {*others} <= {*splits().named_b}
+    assert all(len(scene.items) == 1 for scene, _ in concept_lesson("zebra", "flat", "wug animal", 8, beside=False))
     assert all(scene.background in backgrounds.BASE for scene, _ in lesson)
     for look in looks.PHRASES:
         drawn = look_lesson(look, "blick picture", 6)
