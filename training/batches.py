@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from training.dataset import BatchPlan, Picture, bucket_of, pixels, swap_sides
 from training.losses import stratified_timesteps
+from training.masks import mask_pixels
 from training.text import Reader
 
 if TYPE_CHECKING:
@@ -24,12 +26,14 @@ DATA, PRIOR = 2, 3
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """Rows of one forward. ``latents, noise [B, C, h, w]``; ``t [B]``; ``captions`` index the run's :class:`Captions`."""
+    """Rows of one forward. ``latents, noise [B, C, h, w]``; ``t [B]``; ``captions`` index the run's :class:`Captions`;
+    ``masks [B, 1, h, w]``, 0..1, of what is learnt, where there are any."""
 
     latents: Tensor
     noise: Tensor
     t: Tensor
     captions: Tensor
+    masks: Tensor | None = None
 
 
 def stream(seed: int, kind: int, index: int) -> torch.Generator:
@@ -82,6 +86,7 @@ class Latents:
     def __init__(self, base: Base, pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]], keep: bool) -> None:
         self.base, self.pictures, self.sizes, self.keep = base, pictures, sizes, keep
         self._known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self._masks: dict[int, Tensor] = {}
 
     def sample(self, item: int, flipped: bool, generator: torch.Generator) -> Tensor:
         """One latent ``[C, h, w]``, scaled as the UNet expects it."""
@@ -89,6 +94,13 @@ class Latents:
         config = self.base.vae.config
         value = mean + deviation * torch.randn(mean.shape, generator=generator)
         return (value - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    def mask(self, item: int, flipped: bool) -> Tensor:
+        """What is learnt of one latent, ``[1, h, w]``: the mean over each cell's pixels."""
+        if item not in self._masks:
+            fine = mask_pixels(self.pictures[item], self.sizes[item])
+            self._masks[item] = avg_pool2d(fine, self.base.latent_factor)
+        return self._masks[item].flip(-1) if flipped else self._masks[item]
 
     @torch.no_grad()
     def _moments(self, item: int, flipped: bool) -> tuple[Tensor, Tensor]:
@@ -109,6 +121,7 @@ class Source:
 
     Args:
         levels: the timesteps ``low <= t < high`` that are drawn.
+        unmasked: how much what a mask leaves out counts all the same.
         kept_clauses: those in front of every caption that stay there while the others change places; None: nothing moves.
     """
 
@@ -127,6 +140,7 @@ class Source:
         flip: bool = False,
         dropout: float = 0.0,
         noise_offset: float = 0.0,
+        unmasked: float = 0.0,
         kept_clauses: int | None = None,
         keep: bool = True,
     ) -> None:
@@ -137,6 +151,7 @@ class Source:
         self.texts = tuple(texts), tuple(swap_sides(text) for text in texts) if flip else ()
         for text in dict.fromkeys([*self.texts[0], *self.texts[1], *([""] if dropout else ())]):
             captions.number(text)
+        self.masked, self.unmasked = any(picture.mask for picture in pictures), unmasked
         self.kept_clauses = kept_clauses
         self.seed, self.kind, self.flip, self.dropout, self.noise_offset = seed, kind, flip, dropout, noise_offset
         self.low, self.high = levels
@@ -155,7 +170,12 @@ class Source:
         said = ["" if drop else self.texts[flip][i] for i, flip, drop in zip(items, flips, drops, strict=True)]
         if self.kept_clauses is not None:
             said = [shuffled(text, self.kept_clauses, draw) for text in said]
-        return Batch(latents=latents, noise=noise, t=t, captions=torch.tensor([self.captions.number(text) for text in said]))
+        masks = None
+        if self.masked:
+            masks = torch.stack([self.latents.mask(i, f) for i, f in zip(items, flips, strict=True)])
+            masks = self.unmasked + (1 - self.unmasked) * masks
+        numbers = torch.tensor([self.captions.number(text) for text in said])
+        return Batch(latents=latents, noise=noise, t=t, captions=numbers, masks=masks)
 
 
 def shuffled(caption: str, keep: int, generator: torch.Generator) -> str:

@@ -157,6 +157,7 @@ class _Run:
             dropout=config.caption_dropout,
             noise_offset=config.noise_offset,
             levels=plan.levels,
+            unmasked=config.unmasked_weight,
             kept_clauses=config.keep_tokens if config.shuffle_caption else None,
             keep=config.cache_latents,
         )

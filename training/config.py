@@ -138,6 +138,11 @@ class ConceptConfig(BaseModel):
     """Errors beyond this count by their size, not by its square."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
     """How ``huber_c`` depends on the noise: 1 where there is none and ``huber_c`` where there is nothing else, or constant."""
+    masks: Path | None = None
+    """Folder of grey pictures, called as those of ``data``: what is white there is learnt, what is black is not; one without a
+    mask is learnt whole. ``alpha``: what is transparent is not learnt."""
+    unmasked_weight: Share = 0.0
+    """How much what a mask leaves out counts all the same."""
     prior: Literal["none", "images", "consistency"] = "none"
     """Against forgetting: pictures of the class, or agreement with the frozen base on class and everyday prompts. Left out:
     ``consistency`` for a concept, ``none`` for a style, which shall reach everything."""
@@ -283,6 +288,7 @@ class ConceptConfig(BaseModel):
         """An option that would do nothing is a misunderstanding."""
         for key, needed, idle in (
             ("keep_tokens", "shuffle_caption to true", not self.shuffle_caption),
+            ("unmasked_weight", "masks to a folder or 'alpha'", self.masks is None),
             ("huber_c", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
             ("huber_schedule", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
             ("keep_last", "save_every to a number of steps", not self.save_every),

@@ -33,7 +33,8 @@ WIDEST = 2.0
 
 @dataclass(frozen=True)
 class Picture:
-    """One training picture. ``caption`` is None when the folder gives none; ``digest`` is the SHA-256 of the file."""
+    """One training picture. ``caption`` is None when the folder gives none; ``digest`` is the SHA-256 of the file. ``mask``:
+    the file that says what of it is learnt, the picture itself where its transparency does; ``mask_digest``: of another one."""
 
     path: Path
     caption: str | None
@@ -41,6 +42,8 @@ class Picture:
     width: int
     height: int
     digest: str
+    mask: Path | None = None
+    mask_digest: str = ""
 
 
 def read_folder(folder: Path) -> list[Picture]:
@@ -271,6 +274,6 @@ class BatchPlan:
 
 
 def digest(pictures: Sequence[Picture]) -> str:
-    """Identity of a data set: files, captions and repeats, in order."""
-    rows = [[p.path.name, p.digest, p.caption, p.repeats] for p in pictures]
+    """Identity of a data set: files, captions, repeats and masks, in order."""
+    rows = [[p.path.name, p.digest, p.caption, p.repeats, *([p.mask_digest] if p.mask_digest else [])] for p in pictures]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -57,10 +57,19 @@ def min_snr_weights(t: Tensor, alphas_cumprod: Tensor, gamma: float | None, kind
     return torch.where(ratio > 0, clipped / ratio.clamp_min(1e-12), torch.ones_like(ratio))
 
 
-def weighted_mse(prediction: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Mean over rows of ``weights [B]`` times each row's mean squared error, in float32."""
-    rows = (prediction.float() - wanted.float()).square().flatten(1).mean(1)
-    return (rows * weights).mean()
+def weighted_mse(prediction: Tensor, wanted: Tensor, weights: Tensor, masks: Tensor | None = None) -> Tensor:
+    """Mean over rows of ``weights [B]`` times each row's mean squared error, in float32, within its mask if there are
+    ``masks [B, 1, h, w]``."""
+    return (row_means((prediction.float() - wanted.float()).square(), masks) * weights).mean()
+
+
+def row_means(values: Tensor, masks: Tensor | None) -> Tensor:
+    """``[B]`` of ``values [B, C, h, w]``; what counts is in ``masks [B, 1, h, w]``, 0..1, none of them zero all over. A small
+    subject weighs as much as a large one."""
+    if masks is None:
+        return values.flatten(1).mean(1)
+    counted = masks.expand_as(values)
+    return (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1)
 
 
 def huber_widths(t: Tensor, alphas_cumprod: Tensor, c: float, schedule: str) -> Tensor:
@@ -76,14 +85,22 @@ def huber_widths(t: Tensor, alphas_cumprod: Tensor, c: float, schedule: str) -> 
     return torch.full(t.shape, c, device=t.device)
 
 
-def weighted_huber(prediction: Tensor, wanted: Tensor, weights: Tensor, widths: Tensor, *, smooth: bool = False) -> Tensor:
+def weighted_huber(
+    prediction: Tensor,
+    wanted: Tensor,
+    weights: Tensor,
+    widths: Tensor,
+    masks: Tensor | None = None,
+    *,
+    smooth: bool = False,
+) -> Tensor:
     """As :func:`weighted_mse`, with ``2 c (sqrt(d^2 + c^2) - c)`` for each difference ``d`` and width ``c`` of ``widths [B]``:
     the square of a small ``d``, ``2 c |d|`` of a large one. ``smooth``: without the leading ``c``: ``d^2 / c`` and ``2 |d|``.
     """
     c = widths.float().reshape(-1, *[1] * (prediction.ndim - 1))
     squares = (prediction.float() - wanted.float()).square()
     rows = 2 * squares / ((squares + c * c).sqrt() + c) * (1 if smooth else c)  # the same, and exact for small differences
-    return (rows.flatten(1).mean(1) * weights).mean()
+    return (row_means(rows, masks) * weights).mean()
 
 
 def stratified_timesteps(count: int, steps: int, generator: torch.Generator, first: int = 0) -> Tensor:

@@ -65,6 +65,11 @@ FOREIGN_NAMES = {
     "shuffle_tokens": "shuffle_caption",
     "max_token_length": "caption_chunks",
     "loss_type": "loss",
+    "masked_loss": "masks",
+    "alpha_mask": "masks",
+    "conditioning_data_dir": "masks",
+    "mask_path": "masks",
+    "mask_min_value": "unmasked_weight",
     "save_last_n_epochs": "keep_last",
     "max_step_saves_to_keep": "keep_last",
 }
@@ -115,6 +120,8 @@ LATER = frozenset(
         "loss",
         "huber_c",
         "huber_schedule",
+        "masks",
+        "unmasked_weight",
     ]
 )
 """Options added to the list of version 1: recorded only when given, or files and checkpoints from before would seem to be of

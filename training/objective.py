@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class Objective(nn.Module):
     """The module that accelerate wraps, so that gradients of several processes meet; ``forward`` gives a micro-batch's losses.
 
-    The denoising loss is ``w(t) |eps_lora(x_t, t, c) - target|^2`` with min-SNR weights ``w``. The prior adds
-    ``prior_weight`` times the same loss on pictures of the class (DreamBooth, Ruiz et al., 2023, eq. 2), or without pictures
-    ``w(t) |eps_lora(x_t, t, c') - eps_base(x_t, t, c')|^2`` on class and everyday prompts c' (BA-LoRA's consistency term,
-    in noise space). With another ``loss`` both squares are that (:func:`~training.losses.weighted_huber`).
+    The denoising loss is ``w(t) |eps_lora(x_t, t, c) - target|^2`` with min-SNR weights ``w``, within masks if there are any.
+    The prior adds ``prior_weight`` times the same loss on pictures of the class (DreamBooth, Ruiz et al., 2023, eq. 2), or
+    without pictures ``w(t) |eps_lora(x_t, t, c') - eps_base(x_t, t, c')|^2`` on class and everyday prompts c' (BA-LoRA's
+    consistency term, in noise space). With another ``loss`` both squares are that (:func:`~training.losses.weighted_huber`).
     """
 
     def __init__(self, base: Base, adapters: Adapters, captions: Captions, config: ConceptConfig, device: torch.device) -> None:
@@ -66,7 +66,8 @@ class Objective(nn.Module):
     def _denoising(self, batch: Batch) -> Tensor:
         latents, noise, t, noised = self._noised(batch, len(batch.t))
         said = self._predict(noised, t, self._text(batch.captions))
-        return self._distance(said, target(self._kind, latents, noise, t, self._abar), t)
+        masks = None if batch.masks is None else batch.masks.to(self._device)
+        return self._distance(said, target(self._kind, latents, noise, t, self._abar), t, masks)
 
     def _consistency(self, batch: Batch, prompts: Tensor) -> Tensor:
         _, _, t, noised = self._noised(batch, len(prompts))
@@ -74,13 +75,13 @@ class Objective(nn.Module):
             teacher = self._predict(noised, t, self._captions.states(prompts))
         return self._distance(self._predict(noised, t, self._text(prompts)), teacher, t)
 
-    def _distance(self, said: Tensor, wanted: Tensor, t: Tensor) -> Tensor:
+    def _distance(self, said: Tensor, wanted: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
         config = self._config
         weights = min_snr_weights(t, self._abar, config.min_snr, self._kind)
         if config.loss == "l2":
-            return weighted_mse(said, wanted, weights)
+            return weighted_mse(said, wanted, weights, masks)
         widths = huber_widths(t, self._abar, config.huber_c, config.huber_schedule)
-        return weighted_huber(said, wanted, weights, widths, smooth=config.loss == "smooth_l1")
+        return weighted_huber(said, wanted, weights, widths, masks, smooth=config.loss == "smooth_l1")
 
     def _text(self, numbers: Tensor) -> Encoded:
         if self._config.train_text == "none":

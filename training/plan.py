@@ -14,6 +14,7 @@ from studio.prompts import article
 from training.accelerators import check_device, launched, launcher_notes
 from training.config import ConceptConfig
 from training.dataset import Picture, bucket_of, bucket_sizes, digest, read_folder, with_trigger, without_trigger
+from training.masks import check_masks, with_masks
 from training.names import LATER, NEUTRAL
 from training.optim import check_optimizer
 
@@ -70,6 +71,8 @@ class Plan:
         if self.start.sha256:
             values["start_from"] = self.start.sha256
         values["data"] = self.config.data.name
+        if self.config.masks is not None:
+            values["masks"] = self.config.masks.name
         values["prior_data"] = self.config.prior_data.name if self.config.prior_data else None
         values |= {
             "base": self.base.name,
@@ -99,6 +102,8 @@ def check_before_loading(config: ConceptConfig) -> tuple[list[Picture], list[Pic
             f"'{config.data}' holds one picture, and a LoRA of one picture copies it whole: add other views (4 or more), "
             "or set allow_one_image to true"
         )
+    if config.masks is not None:
+        pictures = with_masks(pictures, config.masks)
     prior = read_folder(config.prior_data) if config.prior_data else []
     check_output(config.output)
     return pictures, prior
@@ -173,6 +178,12 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     for size in sizes:
         if min(size) < base.size_step:
             raise RequestError(f"resolution {config.resolution} is too small for '{base.name}': give at least {base.size_step}")
+    check_masks(pictures, [bucket_of(p.width, p.height, sizes) for p in pictures])
+    whole = [p for p in pictures if p.mask is None]
+    if config.masks is not None and whole:
+        notes.append(
+            f"{len(whole)} of {len(pictures)} pictures have no mask and are learnt whole, first '{whole[0].path.name}'"
+        )
     small = [p for p in pictures if p.width * p.height < 0.6 * max(sizes)[0] * max(sizes)[1]]
     if small:
         notes.append(f"{len(small)} pictures are smaller than the base's and are enlarged, first '{small[0].path.name}'")
