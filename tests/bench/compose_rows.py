@@ -57,6 +57,8 @@ WEIGHT = "lora weight"
 GROW = "grow"
 """No option of a method, but how far regions reach beyond the drawings they are of, as a share of the picture. The boxes of the
 testbed are tight; a base that cannot draw to a pixel needs some room."""
+NEAR: Options = {GROW: 0.1}
+ARRANGED: Options = {"prompt": "arranged"}
 MERGE_WEIGHTS: tuple[Options, ...] = tuple({"weight": weight} for weight in (0.4, 0.55, 0.7, 0.85, 1.0, "1/K"))
 WEIGHTS: tuple[Options, ...] = tuple({WEIGHT: weight} for weight in (1, 1.5, 2))
 """For methods in which each LoRA acts for a part only."""
@@ -72,7 +74,16 @@ def _part(name: str, of: Row, **options: Any) -> Row:
     return Row(name, of.method, options, of.boxes, kinds=of.kinds, part_of=of.name)
 
 
-_CMLORA = Row("cmlora", "cmlora", candidates=WEIGHTS)
+_CMLORA = Row(
+    "cmlora",
+    "cmlora",
+    candidates=(
+        *WEIGHTS,
+        {WEIGHT: 1.5, "dominance": 2},
+        {WEIGHT: 1.5, "dominance": 1},
+        {WEIGHT: 1.5, "dominance": 1, "max_age": 2},
+    ),
+)
 _CLORA = Row(
     "clora",
     "clora",
@@ -90,7 +101,7 @@ _COMPOSER = Row(
     "lora-composer",
     boxes=True,
     kinds=FEW,
-    candidates=({}, {GROW: 0.1}, {GROW: 0.1, "prompt": "whole"}, {GROW: 0.1, WEIGHT: 1.25}),
+    candidates=({}, NEAR, {**NEAR, **ARRANGED}, {**NEAR, "prompt": "whole"}, {**NEAR, WEIGHT: 1.25}),
 )
 
 ROWS: dict[str, Row] = {
@@ -131,14 +142,20 @@ ROWS: dict[str, Row] = {
             "masked",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {GROW: 0.1}, {GROW: 0.1, "prompt": "whole"}, {GROW: 0.1, "prompt": "whole", "isolation": True}),
+            candidates=(
+                {},
+                NEAR,
+                {**NEAR, **ARRANGED},
+                {**NEAR, "prompt": "whole"},
+                {**NEAR, "prompt": "whole", "isolation": True},
+            ),
         ),
         Row(
             "regional",
             "regional",
             boxes=True,
             kinds=FEW,
-            candidates=({}, {GROW: 0.1}, {GROW: 0.1, "prompt": "whole"}),
+            candidates=({}, NEAR, {**NEAR, **ARRANGED}, {**NEAR, "prompt": "whole"}),
         ),
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,
