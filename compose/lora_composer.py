@@ -54,8 +54,8 @@ class LoraComposerOptions(Options):
         injection: where the LoRAs of a region act. "cross_kv_out": on keys, values and output of its text alone, as in the
             paper; "masked_all", the default here: on every layer, on the region's cells.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the
-            subjects of all regions, others by their class words; "whole": the prompt.
+            "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the subjects of all
+            regions, others by their class words; "whole": the prompt. By default "placed", on the embedded base "arranged".
         replace: how much of the prompt's own attention the region's text replaces; the paper's 1 leaves nothing of it.
         window: shares of the schedule from and to which the region's text acts; the paper has 0,1, all of it.
         isolation: whether regions are hidden from each other in self-attention, as in the paper.
@@ -72,7 +72,7 @@ class LoraComposerOptions(Options):
     """
 
     injection: Literal["cross_kv_out", "masked_all"] = "masked_all"
-    prompt: Said = "placed"
+    prompt: Said | None = None
     replace: Share = 1.0
     window: tuple[Share, Share] = (0.0, 1.0)
     isolation: bool = True

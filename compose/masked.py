@@ -45,8 +45,8 @@ class MaskedOptions(Options):
         isolation: whether regions are hidden from each other in self-attention; FreeFuse does not.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
             "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the subjects of all
-            regions, others by their class words; "whole": the prompt. By default "placed" where regions are drawn, and "whole"
-            where they are found: those may be too rough to tell places.
+            regions, others by their class words; "whole": the prompt. By default "placed" ("arranged" on the embedded base)
+            where regions are drawn, and "whole" where they are found: those may be too rough to tell places.
         always: LoRAs that act everywhere though no region is drawn; those whose file says that they are styles do so anyway.
         find: share of the schedule that is run to find masks where no regions are drawn; FreeFuse has a third.
         seeds: share of the cells that are the seeds of a LoRA's mask; FreeFuse has 0.1.
@@ -108,7 +108,7 @@ class Masked(Method):
         self.layouts: list[Layout] = []
         self._spots: dict[tuple[int, str], Spot] = {}
         if run.regions:
-            self.layouts = [laid_out(run, self.options.prompt or "placed", least=1)]
+            self.layouts = [laid_out(run, self.options.prompt, least=1)]
         else:
             self.layouts = self._found(run)
         if not self.layouts:

@@ -22,6 +22,8 @@ regions by their class words, as in "a 3d render, on the left a zarn animal and 
 """
 HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")
 """What a picture is, as in "a 3d render of": few words and no place."""
+APART = 0.1
+"""How far to one side of all others, as a share of the width, something in the middle must be to be said to be there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +33,10 @@ class Place:
     middle: tuple[float, float]
     own: Sequence[Adapter]
 
-    def told(self, how: Literal["called", "class"]) -> str:
-        """Where it is and what is there, as in "on the left a zarn animal", or its class word alone; "": nothing is known."""
+    def named(self, how: Literal["called", "class"]) -> str:
+        """What is there, as in "a zarn animal", or by its class word alone; "": nothing is known."""
         words = [(adapter.lora.class_word if how == "class" else "") or adapter.lora.called for adapter in self.own]
-        named = " and ".join(escape(article(each)) for each in words if each)
-        return f"{placed_words(*self.middle)} {named}".strip() if named else ""
+        return " and ".join(escape(article(each)) for each in words if each)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,20 +51,26 @@ class Arrangement:
         """The LoRAs that some region names."""
         return [adapter for place in self.places for adapter in place.own]
 
+    def told(self, index: int, how: Literal["called", "class"]) -> str:
+        """Where the region ``index`` is and what is there, as in "on the left a zarn animal"; "": nothing is known."""
+        place = self.places[index]
+        named = place.named(how)
+        others = [other.middle[0] for other in self.places if other is not place]
+        return f"{placed_words(*place.middle, others)} {named}".strip() if named else ""
+
 
 def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said) -> str:
     """What is said in the region ``index`` if the picture says ``whole``; "" when its LoRAs name no subject."""
     if how == "whole":
         return whole
-    own = arrangement.places[index]
-    told = own.told("called")
+    told = arrangement.told(index, "called")
     if not told:
         return ""
     if how == "local":
-        subjects = [escape(phrase) for adapter in own.own if (phrase := adapter.lora.called)]
+        subjects = [escape(phrase) for adapter in arrangement.places[index].own if (phrase := adapter.lora.called)]
         return ", ".join([" and ".join(subjects), *style_words(whole, arrangement)])
     if how == "arranged":
-        every = [place.told("called" if place is own else "class") for place in arrangement.places]
+        every = [arrangement.told(other, "called" if other == index else "class") for other in range(len(arrangement.places))]
         told = " and ".join(each for each in every if each)
     about = [None if names_subject else clause for clause, names_subject in clauses(whole, arrangement)]
     at = about.index(None) if None in about else 0
@@ -71,13 +78,16 @@ def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said)
     return ", ".join([*kept[:at], told, *kept[at:], *unnamed_styles(kept, arrangement)])
 
 
-def placed_words(x: float, y: float) -> str:
+def placed_words(x: float, y: float, others: Sequence[float] = ()) -> str:
     """Where something is, in words, whose middle is at ``x``, ``y``; before its noun, as text encoders that are causal need it.
 
-    What is on a side is said to be there, however high; "" in the middle.
+    What is on a side is said to be there, however high, and so is what stands in the middle with all ``others`` (their x) to
+    one side of it; "" for anything else in the middle.
     """
     if not 0.4 <= x <= 0.6:
         return "on the left" if x < 0.5 else "on the right"
+    if others and (min(others) - x >= APART or x - max(others) >= APART):
+        return "on the left" if x < min(others) else "on the right"
     return "at the top" if y < 0.4 else "at the bottom" if y > 0.6 else ""
 
 

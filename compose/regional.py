@@ -32,13 +32,13 @@ class RegionalOptions(Options):
     Args:
         feather: width of the soft edges, as a share of the picture's shorter side; half of it lies inside the region.
         prompt: what a region without a prompt says. "local": its subject and what the prompt says about the whole picture;
-            "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the
-            subjects of all regions, others by their class words; "whole": the prompt.
+            "placed": that in the prompt's own order, with an article and where it is; "arranged": that with the subjects of all
+            regions, others by their class words; "whole": the prompt. By default "placed", on the embedded base "arranged".
         chunk: passes that share a forward; 1 needs least memory. By default as many as fit the base's batch.
     """
 
     feather: Annotated[float, Field(ge=0, le=0.5)] = 0.125
-    prompt: Said = "placed"
+    prompt: Said | None = None
     chunk: Count | None = None
 
 

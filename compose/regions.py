@@ -100,11 +100,12 @@ class Layout:
         return Placed(spatial(masks), constant(self.everywhere))
 
 
-def laid_out(run: Run, how: Said, *, least: int = LEAST) -> Layout:
+def laid_out(run: Run, how: Said | None, *, least: int = LEAST) -> Layout:
     """The regions of ``run``, and its own prompt encoded again with what acts everywhere.
 
     Args:
-        how: what a region without a prompt of its own says.
+        how: what a region without a prompt of its own says. None: "placed", and "arranged" on the embedded base, which draws a
+            lone subject at mid height whatever the region.
         least: cells of the map layers that a region must reach both ways.
 
     Raises:
@@ -120,6 +121,7 @@ def laid_out(run: Run, how: Said, *, least: int = LEAST) -> Layout:
     everywhere = tuple(0.0 if index in inside else 1.0 for index in range(len(adapters)))
     regions, boxes = places_of(run.regions, run.size, cell(run) * least)
     say_everywhere(run, everywhere)
+    how = how or ("arranged" if run.base.family.name == "embedded" else "placed")
     arrangement = Arrangement(
         places=[Place(middle(box), [adapters[i] for i in own]) for own, box in zip(named, boxes, strict=True)],
         styles=[adapter for index, adapter in enumerate(adapters) if index not in inside and adapter.weight != 0],

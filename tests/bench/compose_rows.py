@@ -58,7 +58,8 @@ GROW = "grow"
 """No option of a method, but how far regions reach beyond the drawings they are of, as a share of the picture. The boxes of the
 testbed are tight; a base that cannot draw to a pixel needs some room."""
 NEAR: Options = {GROW: 0.1}
-ARRANGED: Options = {"prompt": "arranged"}
+PLACED: Options = {"prompt": "placed"}
+"""What regions said before they said where the others are, and say on other bases than the embedded one."""
 MERGE_WEIGHTS: tuple[Options, ...] = tuple({"weight": weight} for weight in (0.4, 0.55, 0.7, 0.85, 1.0, "1/K"))
 WEIGHTS: tuple[Options, ...] = tuple({WEIGHT: weight} for weight in (1, 1.5, 2))
 """For methods in which each LoRA acts for a part only."""
@@ -101,7 +102,7 @@ _COMPOSER = Row(
     "lora-composer",
     boxes=True,
     kinds=FEW,
-    candidates=({}, NEAR, {**NEAR, **ARRANGED}, {**NEAR, "prompt": "whole"}, {**NEAR, WEIGHT: 1.25}),
+    candidates=({}, NEAR, {**NEAR, **PLACED}, {**NEAR, "prompt": "whole"}, {**NEAR, WEIGHT: 1.25}),
 )
 
 ROWS: dict[str, Row] = {
@@ -135,7 +136,7 @@ ROWS: dict[str, Row] = {
             "masked-found",
             "masked",
             kinds=FEW,
-            candidates=({}, {"threshold": 0}, {"isolation": True}),
+            candidates=({}, {"threshold": 0}, {"isolation": True}, {"isolation": True, "prompt": "arranged"}),
         ),
         Row(
             "masked",
@@ -145,7 +146,7 @@ ROWS: dict[str, Row] = {
             candidates=(
                 {},
                 NEAR,
-                {**NEAR, **ARRANGED},
+                {**NEAR, **PLACED},
                 {**NEAR, "prompt": "whole"},
                 {**NEAR, "prompt": "whole", "isolation": True},
             ),
@@ -155,7 +156,7 @@ ROWS: dict[str, Row] = {
             "regional",
             boxes=True,
             kinds=FEW,
-            candidates=({}, NEAR, {**NEAR, **ARRANGED}, {**NEAR, "prompt": "whole"}),
+            candidates=({}, NEAR, {**NEAR, **PLACED}, {**NEAR, "prompt": "whole"}),
         ),
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,

@@ -45,6 +45,14 @@ def test_what_a_prompt_says_about_the_whole_picture(prompt: str, kept: list[str]
 )
 def test_where_something_is_in_words(x: float, y: float, said: str) -> None:
     assert placed_words(x, y) == said
+    assert placed_words(x, y, [0.3, 0.7]) == said
+
+
+def test_what_is_in_the_middle_is_on_a_side_of_all_others() -> None:
+    assert [placed_words(0.5, 0.2, others) for others in ([0.39], [0.35, 0.3], [0.65])] == [
+        "on the right", "on the right", "on the left"
+    ]  # fmt: skip
+    assert placed_words(0.5, 0.2, [0.45]) == "at the top"
 
 
 @pytest.mark.parametrize(
