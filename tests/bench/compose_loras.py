@@ -104,8 +104,9 @@ def check(folder: Path, base_sha256: str, names: Sequence[str], train: str = "te
         )
 
 
-def teach_one(taught: Taught, folder: Path, base: str, **chosen: Any) -> float:
-    """Train ``taught`` into ``folder`` in this process, with one thread and the trainer's options ``chosen``; seconds."""
+def teach_one(taught: Taught, folder: Path, base: str, lesson: Lesson | None = None, **chosen: Any) -> float:
+    """Train ``taught`` into ``folder`` in this process, with one thread and the trainer's options ``chosen``, on ``lesson`` or
+    its own; seconds."""
     import torch
 
     torch.set_num_threads(1)
@@ -113,7 +114,7 @@ def teach_one(taught: Taught, folder: Path, base: str, **chosen: Any) -> float:
     from training.config import make_config
 
     settings = {
-        "data": write_lesson(lesson_of(taught), folder / "lessons" / taught.name),
+        "data": write_lesson(lesson or lesson_of(taught), folder / "lessons" / taught.name),
         "output": folder / f"{taught.name}.safetensors",
         "base": base,
         "kind": "style" if taught.role == "look" else "concept",

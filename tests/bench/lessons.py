@@ -5,9 +5,10 @@
     python -m tests.bench.lessons measure --shipped --report docs/results.md        # the files in assets/loras
 
 Every LoRA is trained with the trainer's own defaults on eight pictures; ``--prior none|consistency`` trains all of them the
-other way, for comparison. Prompts, places, backgrounds and seeds of the measurement are none of the lessons'.
+other way, for comparison, and ``--alone`` on pictures of the subjects by themselves. Prompts, places, backgrounds, seeds and
+the things beside a subject are none of the lessons'.
 
-* A subject: 20 prompts of it alone (present, right background) and 10 beside a subject the base knows (both present).
+* A subject: 20 prompts of it alone (present, right background), 10 beside a thing the base knows, 10 among two (all present).
 * A look: 5 known subjects that were not in its lesson x 8 prompts (look there; subject there, in whatever look).
 * Forgetting: 10 prompts of named subjects without the trigger, with the LoRA on, paired with the base alone.
 """
@@ -27,7 +28,7 @@ from PIL import Image
 from studio.art.atlas import STYLES, splits
 from studio.art.backgrounds import BASE
 from studio.art.captions import caption
-from studio.art.lessons import look_lesson
+from studio.art.lessons import concept_lesson, look_lesson
 from studio.art.looks import brings_background
 from studio.art.scenes import Scene, sample_scene
 from tests.bench.combinations import LORAS, STYLE, Taught
@@ -38,8 +39,9 @@ from tests.bench.page import replace_section
 from tests.bench.statistics import Rate, rate, rate_table
 from tests.bench.templates import build_bank, default_cache, make_keys
 
-ALONE, BESIDE, KEPT = 20, 10, 10
-"""Prompts a subject: of it alone, beside a known one, and of known ones without it."""
+ALONE, BESIDE, AMONG, KEPT = 20, 10, 10, 10
+"""Prompts a subject: of it alone, beside one and among two known things, and of known ones without it."""
+TOGETHER = {"beside": "present beside a known one", "among": "present among two known ones"}
 HOSTS, EACH = 5, 8
 """Known subjects a look is asked for, and prompts of each."""
 SYLLABLES = ("vo", "ra", "mi", "ku", "ze", "lo", "pi", "du", "sa", "ge", "ti", "no")
@@ -69,7 +71,7 @@ def shipped() -> tuple[Taught, ...]:
 
 @dataclass(frozen=True)
 class Question:
-    """One picture to make: ``kind`` alone, beside, look or kept; ``scene`` is what ``prompt`` asks for."""
+    """One picture to make: ``kind`` alone, beside, among, look or kept; ``scene`` is what ``prompt`` asks for."""
 
     kind: str
     prompt: str
@@ -91,10 +93,11 @@ def questions(taught: Taught) -> Iterator[Question]:
                     text = text.rsplit(",", 1)[0]
                 yield Question("look", text, scene, int(rng.integers(2**31)))
     else:
-        for kind, count in (("alone", ALONE), ("beside", BESIDE)):
+        for others, (kind, count) in enumerate((("alone", ALONE), ("beside", BESIDE), ("among", AMONG))):
             for index in range(count):
-                names = [taught.content] + [str(rng.choice(known))] * (kind == "beside")
-                scene = sample_scene(rng, names if index % 2 else names[::-1], BASE, [STYLE])
+                names = [str(name) for name in rng.choice(known, others, replace=False)]
+                names.insert(index % (others + 1), taught.content)
+                scene = sample_scene(rng, names, BASE, [STYLE])
                 yield Question(kind, caption(scene, rng, {taught.content: taught.phrase}), scene, int(rng.integers(2**31)))
     for _ in range(KEPT):
         scene = sample_scene(rng, [str(rng.choice(known))], BASE, [STYLE])
@@ -127,8 +130,8 @@ def answers(judge: Judge, draw: Draw, taught: Taught, file: str) -> dict[str, li
             alone = judge.verdicts(draw(question.prompt, question.seed, None), question.scene)
             note("known subject kept", not judged.fails)
             note("known subject, base alone", not alone.fails)
-        elif question.kind == "beside":
-            note("present beside a known one", not judged.fails)
+        elif question.kind in TOGETHER:
+            note(TOGETHER[question.kind], not judged.fails)
         else:
             note("subject present", not judged.fails)
             note("background right", judged.paper.name == question.scene.background)
@@ -151,11 +154,14 @@ def _cell(value: Rate) -> str:
     return f"{value.hits}/{value.n}"
 
 
-def teach(name: str, folder: str, base: str, steps: int, prior: str | None = None) -> float:
+def teach(name: str, folder: str, base: str, steps: int, prior: str | None = None, alone: bool = False) -> float:
     """Train one held-out LoRA with the trainer's defaults; seconds."""
     taught = next(taught for taught in heldout() if taught.name == name)
-    chosen = {"steps": steps or None, "prior": prior}
-    return teach_one(taught, Path(folder), base, **{key: value for key, value in chosen.items() if value is not None})
+    chosen = {key: value for key, value in {"steps": steps or None, "prior": prior}.items() if value is not None}
+    if alone and taught.role == "subject":
+        lesson = concept_lesson(taught.content, STYLE, taught.phrase, PICTURES, beside=False)
+        return teach_one(taught, Path(folder), base, lesson, **chosen)
+    return teach_one(taught, Path(folder), base, **chosen)
 
 
 def main() -> None:
@@ -165,6 +171,7 @@ def main() -> None:
     parser.add_argument("--base", default="embedded")
     parser.add_argument("--shipped", action="store_true", help="measure the files in assets/loras")
     parser.add_argument("--prior", choices=("none", "consistency"), help="train all of them with or without it")
+    parser.add_argument("--alone", action="store_true", help="train subjects on pictures of themselves alone")
     parser.add_argument("--only", nargs="*", help="some of the LoRAs, by name")
     parser.add_argument("--steps", type=int, default=0, help="0: the trainer's default")
     parser.add_argument("--jobs", type=int, default=1)
@@ -179,7 +186,7 @@ def main() -> None:
     pupils = [taught for taught in every if not given.only or taught.name in given.only]
     names = [taught.name for taught in pupils]
     if given.do == "train":
-        lesson = partial(teach, prior=given.prior)
+        lesson = partial(teach, prior=given.prior, alone=given.alone)
         teach_all(given.out, given.base, base.sha256, names, given.jobs, given.steps, teach=lesson)
         return
     train = "training.base loras --out" if given.shipped else "tests.bench.lessons train --out"

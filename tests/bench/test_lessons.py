@@ -40,11 +40,13 @@ def test_triggers_are_words_the_base_does_not_know() -> None:
 def test_questions_are_none_of_the_lessons() -> None:
     subject, look = heldout()[0], heldout()[-1]
     asked = list(questions(subject))
-    assert Counter(question.kind for question in asked) == {"alone": 20, "beside": 10, "kept": 10}
+    assert Counter(question.kind for question in asked) == {"alone": 20, "beside": 10, "among": 10, "kept": 10}
     assert [q.prompt for q in questions(subject)] == [q.prompt for q in asked]
     assert all((subject.trigger in question.prompt) is (question.kind != "kept") for question in asked)
     taught = {item for scene, _ in lesson_of(subject) for item in scene.items}
     assert not taught & {item for question in asked for item in question.scene.items}
+    beside = {item.concept for scene, _ in lesson_of(subject) for item in scene.items} - {subject.content}
+    assert beside and not beside & {item.concept for question in asked for item in question.scene.items}
     learnt = {item.concept for scene, _ in look_lesson(look.content, look.phrase, PICTURES) for item in scene.items}
     styled = [question for question in questions(look) if question.kind == "look"]
     assert len(styled) == 40
@@ -59,7 +61,7 @@ def judge() -> Judge:
 
 def test_true_pictures_count_and_blank_ones_do_not(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, look = heldout()[0], LORAS["pastel"]
-    for name, few in (("ALONE", 3), ("BESIDE", 2), ("KEPT", 2), ("HOSTS", 2), ("EACH", 2)):
+    for name, few in (("ALONE", 3), ("BESIDE", 2), ("AMONG", 2), ("KEPT", 2), ("HOSTS", 2), ("EACH", 2)):
         monkeypatch.setattr(lessons, name, few)
 
     def scene_of(pupil: lessons.Taught, prompt: str, seed: int) -> Question:
@@ -70,6 +72,7 @@ def test_true_pictures_count_and_blank_ones_do_not(judge: Judge, monkeypatch: py
         "subject present": 3,
         "background right": 3,
         "present beside a known one": 2,
+        "present among two known ones": 2,
         "known subject kept": 2,
         "known subject, base alone": 2,
     }
