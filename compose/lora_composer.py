@@ -113,7 +113,7 @@ class LoraComposer(Method):
 
     def prepare(self, run: Run) -> None:
         options = self.options
-        usual = EMBEDDED_STEP if run.base.family.name == "embedded" else STEP
+        usual = EMBEDDED_STEP if run.base.family.small else STEP
         self.first = usual if options.step is None else options.step
         self.layout = laid_out(run, options.prompt)
         height, width = run.latents.shape[-2:]

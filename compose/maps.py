@@ -38,9 +38,9 @@ class Seen:
 
 
 class SecondHalf:
-    """What the second half of a run's first ``share`` attends to, at least two steps; the first has no subjects yet.
+    """What the first ``share`` of a run's ``steps`` attends to in its second half: in the first half there are no subjects yet.
 
-    Attributes: ``steps``: how many are run. ``seen``: the mean; None before anything was read.
+    Attributes: ``steps``: how many are run, at least two. ``seen``: the mean of what was added; None before.
     """
 
     def __init__(self, share: float, steps: int) -> None:

@@ -159,11 +159,14 @@ class Masked(Method):
         adapters = run.bank.adapters if run.bank is not None else ()
         # The middle of its cells, not of the box around them: one stray cell would move that.
         middles = ((mask.nonzero() + 0.5).mean(0) / torch.tensor(mask.shape) for mask in masks)
+        boxes = tuple(bounds(mask) for mask in masks)
         arrangement = Arrangement(
-            places=[Place((float(x), float(y)), [adapters[i]]) for i, (y, x) in zip(concepts, middles, strict=True)],
+            places=[
+                Place((float(x), float(y)), box[2] - box[0], [adapters[i]])
+                for i, box, (y, x) in zip(concepts, boxes, middles, strict=True)
+            ],
             styles=[adapter for adapter, weight in zip(adapters, everywhere, strict=True) if weight and adapter.weight],
         )
-        boxes = tuple(bounds(mask) for mask in masks)
         spots = []
         for place, index in enumerate(concepts):
             told = said_by_default(prompt, place, arrangement, self.options.prompt or "whole") or prompt

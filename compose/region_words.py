@@ -17,25 +17,28 @@ Said = Literal["placed", "arranged", "local", "whole"]
 """What a region without a prompt says: "local": its subject, as "trigger class", and what the prompt says about the whole
 picture: its clauses, cut at commas, that name no subject; "placed": that in the prompt's own order, with where it is, as in "a
 3d render, on the left a zarn animal, blue background"; "arranged": the same with all subjects in their places, those of other
-regions by their class words, as in "a 3d render, on the left a zarn animal and on the right a flower and at the top a bird";
-"whole": the prompt.
+regions by their class words if their LoRAs tell any, as in "a 3d render, on the left a zarn animal and on the right a flower
+and at the top a bird"; "whole": the prompt.
 """
 HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")
 """What a picture is, as in "a 3d render of": few words and no place."""
 APART = 0.1
 """How far to one side of all others, as a share of the width, something in the middle must be to be said to be there."""
+WIDE = 0.9
+"""Regions wider than this share of the picture are on no side of others: they lie behind or around them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A region's ``middle`` (x, y, shares of the picture) and the LoRAs it names."""
+    """A region's ``middle`` (x, y) and ``width``, shares of the picture, and the LoRAs it names."""
 
     middle: tuple[float, float]
+    width: float
     own: Sequence[Adapter]
 
     def named(self, how: Literal["called", "class"]) -> str:
-        """What is there, as in "a zarn animal", or by its class word alone; "": nothing is known."""
-        words = [(adapter.lora.class_word if how == "class" else "") or adapter.lora.called for adapter in self.own]
+        """What is there, as in "a zarn animal", or by its class word alone, "an animal"; "": nothing is known."""
+        words = [adapter.lora.class_word if how == "class" else adapter.lora.called for adapter in self.own]
         return " and ".join(escape(article(each)) for each in words if each)
 
 
@@ -55,7 +58,7 @@ class Arrangement:
         """Where the region ``index`` is and what is there, as in "on the left a zarn animal"; "": nothing is known."""
         place = self.places[index]
         named = place.named(how)
-        others = [other.middle[0] for other in self.places if other is not place]
+        others = [other.middle[0] for other in self.places if other is not place] if place.width <= WIDE else []
         return f"{placed_words(*place.middle, others)} {named}".strip() if named else ""
 
 
@@ -70,8 +73,11 @@ def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said)
         subjects = [escape(phrase) for adapter in arrangement.places[index].own if (phrase := adapter.lora.called)]
         return ", ".join([" and ".join(subjects), *style_words(whole, arrangement)])
     if how == "arranged":
-        every = [arrangement.told(other, "called" if other == index else "class") for other in range(len(arrangement.places))]
-        told = " and ".join(each for each in every if each)
+        own = arrangement.places[index].named("called")
+        # Two of one name: nobody could say which of them is this region's.
+        if own not in [place.named("class") for at, place in enumerate(arrangement.places) if at != index]:
+            every = [arrangement.told(at, "called" if at == index else "class") for at in range(len(arrangement.places))]
+            told = " and ".join(each for each in every if each)
     about = [None if names_subject else clause for clause, names_subject in clauses(whole, arrangement)]
     at = about.index(None) if None in about else 0
     kept = [clause for clause in about if clause is not None]

@@ -22,8 +22,8 @@ from compose.region_words import Arrangement, Place, Said, said_by_default
 from compose.routes import Placed, constant, spatial
 from compose.run import Run, joined
 from compose.text import Encoded, Wording, words_of
-from studio.errors import FileError, RequestError, UnknownNameError
-from studio.media import DAMAGED
+from studio.errors import RequestError, UnknownNameError
+from studio.media import open_mask
 from studio.requests import Region
 
 if TYPE_CHECKING:
@@ -121,9 +121,9 @@ def laid_out(run: Run, how: Said | None, *, least: int = LEAST) -> Layout:
     everywhere = tuple(0.0 if index in inside else 1.0 for index in range(len(adapters)))
     regions, boxes = places_of(run.regions, run.size, cell(run) * least)
     say_everywhere(run, everywhere)
-    how = how or ("arranged" if run.base.family.name == "embedded" else "placed")
+    how = how or ("arranged" if run.base.family.small else "placed")
     arrangement = Arrangement(
-        places=[Place(middle(box), [adapters[i] for i in own]) for own, box in zip(named, boxes, strict=True)],
+        places=[Place(middle(box), box[2] - box[0], [adapters[i] for i in own]) for own, box in zip(named, boxes, strict=True)],
         styles=[adapter for index, adapter in enumerate(adapters) if index not in inside and adapter.weight != 0],
     )
     spots = tuple(spot(run, own, everywhere, said_in(run, index, arrangement, how)) for index, own in enumerate(named))
@@ -279,11 +279,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
     """
     from PIL import Image
 
-    try:
-        with Image.open(path.expanduser()) as picture:
-            levels = np.asarray(picture.convert("L").resize(size, Image.Resampling.BOX))
-    except DAMAGED as error:
-        raise FileError(f"cannot read the mask {path}: {getattr(error, 'strerror', None) or error}") from error
+    levels = np.asarray(open_mask(path).resize(size, Image.Resampling.BOX))
     mask = torch.from_numpy(levels.copy()) > 127
     if not bool(mask.any()):
         raise RequestError(f"the mask {path} is black all over: make the region white")

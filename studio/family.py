@@ -25,6 +25,7 @@ class Family:
         map_layers: the cross-attention layers whose maps say where a word is, as name patterns: those whose cells are a
             good deal smaller than an object, without being so fine that they follow edges.
         half: whether half precision is used on a GPU. The embedded model is too small to gain from it.
+        small: far smaller than published models, so that some defaults measured on those do not suit it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family:
     batch: int
     half: bool
     map_layers: tuple[str, ...]
+    small: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -51,6 +53,7 @@ FAMILIES: Mapping[str, Family] = {
             batch=16,
             half=False,
             map_layers=("down_blocks.1.*", "up_blocks.1.*"),  # 8 x 8 cells
+            small=True,
         ),
         Family(
             name="sd15",

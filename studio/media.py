@@ -71,16 +71,41 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         FileError: no picture, or one too large to open safely.
     """
+    return _on(_upright(path, "picture"), "white").convert("RGB")
+
+
+def open_mask(path: Path) -> Image.Image:
+    """A mask file as greys: turned upright as its camera noted, on black where it is transparent.
+
+    Raises:
+        FileError: no picture, or one too large to open safely.
+    """
+    return _on(_upright(path, "mask"), "black").convert("L")
+
+
+def _on(picture: Image.Image, colour: str) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture)
+
+
+def _upright(path: Path, what: str) -> Image.Image:
     try:
         with Image.open(path.expanduser()) as file:
             upright = ImageOps.exif_transpose(file)
             if upright.mode.startswith("I;16"):  # Pillow would cut its gray off at 255 instead of scaling it
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            picture = upright.convert("RGBA")
+            return upright.convert("RGBA")
     except DAMAGED as error:
-        raise FileError(f"cannot read the picture {path}: {getattr(error, 'strerror', None) or error}") from error
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+        raise FileError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def opacity(path: Path) -> Image.Image | None:
+    """How opaque a picture file is, as greys, turned upright; None: it is opaque everywhere.
+
+    Raises:
+        FileError: no picture, or one too large to open safely.
+    """
+    alpha = _upright(path, "picture").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def save_png(path: Path, image: Image.Image, request: Mapping[str, Any], parameters: str) -> None:

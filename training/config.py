@@ -138,7 +138,7 @@ class ConceptConfig(BaseModel):
     """Errors beyond this count by their size, not by its square."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
     """How ``huber_c`` depends on the noise: 1 where there is none and ``huber_c`` where there is nothing else, or constant."""
-    masks: Path | None = None
+    masks: Literal["alpha"] | Path | None = None
     """Folder of grey pictures, called as those of ``data``: what is white there is learnt, what is black is not; one without a
     mask is learnt whole. ``alpha``: what is transparent is not learnt."""
     unmasked_weight: Share = 0.0

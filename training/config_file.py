@@ -9,7 +9,6 @@ import yaml
 
 from studio.errors import FileError
 from training.config import EMBEDDED, ConceptConfig, make_config
-from training.masks import ALPHA
 
 
 def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
@@ -39,7 +38,7 @@ def read_options(path: Path) -> dict[str, Any]:
     for key in ("data", "output", "prior_data", "start_from"):
         if isinstance(values.get(key), str):
             values[key] = path.parent / Path(values[key]).expanduser()
-    if isinstance(masks := values.get("masks"), str) and masks != ALPHA:
+    if isinstance(masks := values.get("masks"), str) and masks != "alpha":
         values["masks"] = path.parent / Path(masks).expanduser()
     base = values.get("base")
     if isinstance(base, str) and base not in ("", EMBEDDED) and (beside := path.parent / Path(base).expanduser()).exists():

@@ -56,6 +56,10 @@ def configs_of(folder: Path, out: Path | None = None, **shared: Any) -> dict[str
     for key in ("data", "output"):
         if key in shared:
             raise RequestError(f"'{key}' cannot be the same for several trainings: it follows from the subfolder")
+    if shared.get("masks") not in (None, "alpha"):
+        raise RequestError(
+            f"'masks' cannot be one folder for several trainings: set it in the {OWN} of each subfolder, or to alpha"
+        )
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and _is_job(path))
     if not subfolders:
         raise RequestError(f"'{folder}' has no subfolders: put the pictures of each LoRA into one of its own")

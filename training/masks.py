@@ -6,75 +6,89 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from studio.errors import FileError, RequestError
-from studio.media import DAMAGED
+from studio.media import opacity, open_mask
 from training.dataset import PICTURES, Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ALPHA = "alpha"
-"""Instead of a folder of masks: what is transparent in a picture is not learnt."""
 
-
-def with_masks(pictures: Sequence[Picture], where: Path) -> list[Picture]:
-    """``pictures`` with their masks, of the same names in the folder ``where``, or their own transparency.
+def with_masks(pictures: Sequence[Picture], where: Path | Literal["alpha"], data: Path) -> list[Picture]:
+    """``pictures`` of the folder ``data`` with their masks: of the same names in the folder ``where``, or their transparency.
 
     Raises:
-        FileError: no such folder, a mask of no picture, one that cannot be read.
+        FileError: no such folder, a mask of no picture or of two, one that cannot be read.
         RequestError: no picture has one.
     """
-    if str(where) == ALPHA:
-        masked = [picture if _alpha(picture.path) is None else replace(picture, mask=picture.path) for picture in pictures]
+    if where == "alpha":
+        masked = [picture if opacity(picture.path) is None else replace(picture, mask=picture.path) for picture in pictures]
         missing = "no picture is transparent anywhere: cut the subject out, or give a folder of masks"
     else:
-        masked = _from_folder(pictures, where)
+        masked = _from_folder(pictures, where, data)
         missing = f"no masks in '{where}': put pictures there that are white where theirs are learnt"
     if not any(picture.mask for picture in masked):
         raise RequestError(missing)
     return masked
 
 
-def _from_folder(pictures: Sequence[Picture], folder: Path) -> list[Picture]:
+def _from_folder(pictures: Sequence[Picture], folder: Path, data: Path) -> list[Picture]:
     if not folder.is_dir():
-        raise FileError(f"the folder of masks '{folder}' does not exist: check the path, or say '{ALPHA}' for transparency")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
-    by_stem = {file.stem: file for file in files}
-    stems = {picture.path.stem for picture in pictures}
+        raise FileError(f"the folder of masks '{folder}' does not exist: check the path, or say 'alpha' for transparency")
+    if folder.resolve() == data.resolve():
+        raise FileError(f"masks is the folder of the pictures themselves, '{folder}': give another, or say 'alpha'")
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix.lower() in PICTURES and not file.name.startswith(".")
+    )
+    owners: dict[Path, list[Picture]] = {}
+    for picture in pictures:
+        owners.setdefault(picture.path.relative_to(data).with_suffix(""), []).append(picture)
+    found: dict[Path, Path] = {}
     for file in files:
-        if file.stem not in stems or by_stem[file.stem] != file:
-            rival = "has no picture of the same name" if file.stem not in stems else "is one of two of that name"
-            raise FileError(f"mask '{file}' {rival}: rename or remove it")
+        name = file.relative_to(folder).with_suffix("")
+        if name not in owners:
+            raise FileError(f"mask '{file}' has no picture of the same name: there is no '{data / name}' with it")
+        if name in found or len(owners[name]) > 1:
+            rivals = [found[name], file] if name in found else [picture.path for picture in owners[name]]
+            raise FileError(f"'{rivals[0]}' and '{rivals[1].name}' share one name: a mask must belong to one picture")
+        found[name] = file
     return [
-        picture if mask is None else replace(picture, mask=mask, mask_digest=sha256(_light(mask).tobytes()).hexdigest())
+        picture if mask is None else replace(picture, mask=mask, mask_digest=sha256(open_mask(mask).tobytes()).hexdigest())
         for picture in pictures
-        for mask in [by_stem.get(picture.path.stem)]
+        for mask in [found.get(picture.path.relative_to(data).with_suffix(""))]
     ]
 
 
 def check_masks(pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]]) -> None:
-    """Refuse masks that leave nothing of their picture, as it is cropped to its size (width, height).
+    """Refuse masks that say nothing about their picture, as it is cropped to its size (width, height).
 
     Raises:
-        RequestError: one that is black all over. FileError: one whose proportions are not its picture's.
+        RequestError: one that is black or dark all over, or where the picture is not cropped away.
+        FileError: one whose proportions are not its picture's.
     """
     for picture, size in zip(pictures, sizes, strict=True):
         if picture.mask is None:
             continue
-        width, height = _shades(picture).size
+        shades = _shades(picture, picture.mask)
+        width, height = shades.size
         if abs(width / height - picture.width / picture.height) > 0.02 * picture.width / picture.height:
             raise FileError(
                 f"mask '{picture.mask}' is {width} x {height}, but its picture {picture.width} x {picture.height}: "
                 "give it the same proportions"
             )
-        if not bool(mask_pixels(picture, size).any()):
+        own = picture.mask == picture.path
+        if (most := int(mask_pixels(picture, size).max() * 255)) < 128:
+            told = f"'{picture.path}' is nearly transparent all over" if own else f"mask '{picture.mask}' is dark all over"
             raise RequestError(
-                f"mask '{picture.mask}' leaves nothing of '{picture.path.name}' to learn: make the subject white"
+                f"{told} in what a crop to {size[0]} x {size[1]} keeps (at most {most} of 255), so nothing would be learnt: "
+                f"make the subject {'opaque' if own else 'white'}"
             )
 
 
@@ -85,29 +99,11 @@ def mask_pixels(picture: Picture, size: tuple[int, int]) -> Tensor:
 
     if picture.mask is None:
         return torch.ones(1, size[1], size[0])
-    shades = ImageOps.fit(_shades(picture), size, Image.Resampling.BOX)
+    shades = ImageOps.fit(_shades(picture, picture.mask), size, Image.Resampling.BOX)
     return torch.from_numpy(np.array(shades, np.float32))[None] / 255
 
 
-def _shades(picture: Picture) -> Image.Image:
-    if picture.mask is None:
-        raise RuntimeError("a picture without a mask")
-    return (_alpha(picture.mask) if picture.mask == picture.path else None) or _light(picture.mask)
-
-
-def _alpha(path: Path) -> Image.Image | None:
-    """The opacity of a picture; None: it is opaque."""
-    try:
-        with Image.open(path) as file:
-            if not file.has_transparency_data:
-                return None
-            alpha = ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
-    except DAMAGED as error:
-        raise FileError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from None
-    return None if alpha.getextrema() == (255, 255) else alpha
-
-
-def _light(path: Path) -> Image.Image:
-    from studio.media import open_picture
-
-    return open_picture(path).convert("L")
+def _shades(picture: Picture, mask: Path) -> Image.Image:
+    if mask != picture.path:
+        return open_mask(mask)
+    return opacity(mask) or Image.new("L", (picture.width, picture.height), 255)

@@ -72,7 +72,7 @@ class Plan:
             values["start_from"] = self.start.sha256
         values["data"] = self.config.data.name
         if self.config.masks is not None:
-            values["masks"] = self.config.masks.name
+            values["masks"] = Path(self.config.masks).name
         values["prior_data"] = self.config.prior_data.name if self.config.prior_data else None
         values |= {
             "base": self.base.name,
@@ -103,7 +103,7 @@ def check_before_loading(config: ConceptConfig) -> tuple[list[Picture], list[Pic
             "or set allow_one_image to true"
         )
     if config.masks is not None:
-        pictures = with_masks(pictures, config.masks)
+        pictures = with_masks(pictures, config.masks, config.data)
     prior = read_folder(config.prior_data) if config.prior_data else []
     check_output(config.output)
     return pictures, prior
@@ -133,7 +133,7 @@ def settled(config: ConceptConfig, base: Base) -> ConceptConfig:
     A style is learnt without cross-attention: a LoRA there ties the look to the words of the eight subjects it was shown on,
     and draws any other subject as before. A concept is held to the frozen base: without that, a second LoRA beside it vanishes.
     """
-    style, small = config.kind == "style", _embedded(base)
+    style, small = config.kind == "style", base.family.small
     chosen: dict[str, Any] = {"learning_rate": (2e-3 if style else 1e-3) if small else 1e-4}
     if config.optimizer == "prodigy":
         chosen["learning_rate"] = 1.0
@@ -297,14 +297,9 @@ def _captions(config: ConceptConfig, pictures: Sequence[Picture]) -> tuple[list[
     return captions, notes
 
 
-def _embedded(base: Base) -> bool:
-    """Whether ``base`` is of the embedded family, far smaller than others."""
-    return base.family.name == "embedded"
-
-
 def _blind(config: ConceptConfig, base: Base) -> bool:
     """Whether a made-up word means nothing to the base, and is not taught to."""
-    return _embedded(base) and config.train_text == "none"
+    return base.family.small and config.train_text == "none"
 
 
 def _prior_prompts(config: ConceptConfig, captions: Sequence[str], *, blind: bool) -> list[str]:

@@ -21,15 +21,15 @@ Lesson = list[tuple[Scene, str]]
 SHOWN: tuple[tuple[int, int, str], ...] = (
     (1, 0, "center"), (1, 0, "left"), (1, 0, "right"), (2, 1, ""), (2, 0, ""), (3, 2, "top"), (3, 0, "top"), (3, 1, "bottom")
 )  # fmt: skip
-"""The pictures of a subject, in turn: how many things there are, which of them it is, and where it stands."""
+"""The pictures of a subject, in turn: how many things there are, which of them it is, and where it stands ("": as it comes)."""
 
 
 def concept_lesson(concept: str, style: str, noun: str, count: int = 8, seed: int = 0, *, beside: bool = True) -> Lesson:
     """``count`` scenes of one subject in one art style, on backgrounds the base knows, called ``noun`` ("wug animal").
 
-    Places go round left, centre, right, so that a lesson of three or more pictures shows them all. From the fourth on it
-    stands ``beside`` one or two things that the base knows: a subject that was only ever seen alone, at mid height, is hardly
-    drawn above or below others. Those things are of ``named_b``, so that measurements may ask for others.
+    Three pictures show it alone, in the centre, left and right; then, if it may stand ``beside`` others, two show it with one
+    thing that the base knows and three with two, and so on from the start. A subject that was only ever seen alone, at mid
+    height, is hardly drawn above or below others. Those things are of ``named_b``, so that measurements may ask for others.
     """
     rng = np.random.default_rng([51, seed])
     known = [str(name) for name in rng.permutation(list(splits().named_b))]

@@ -15,7 +15,7 @@ def adapter(name: str, **metadata: str) -> Adapter:
 
 CAT, DOG = adapter("cat", trigger="sks", class_word="cat"), adapter("dog", trigger="red", class_word="dog")
 STYLE = adapter("night", trigger="style", class_word="photo")
-PLACES = [Place((0.2, 0.5), [DOG]), Place((0.8, 0.5), [CAT])]
+PLACES = [Place((0.2, 0.5), 0.4, [DOG]), Place((0.8, 0.5), 0.4, [CAT])]
 
 
 @pytest.mark.parametrize(
@@ -73,18 +73,35 @@ def test_what_is_said_in_a_region(prompt: str, local: str, placed: str) -> None:
     assert said_by_default(prompt, 1, arrangement, "local") == local
     assert said_by_default(prompt, 1, arrangement, "placed") == placed
     assert said_by_default(prompt, 1, arrangement, "whole") == prompt
-    nameless = Arrangement(places=[*PLACES, Place((0.5, 0.5), [adapter("plain")])], styles=[])
+    nameless = Arrangement(places=[*PLACES, Place((0.5, 0.5), 0.2, [adapter("plain")])], styles=[])
     assert said_by_default(prompt, 2, nameless, "placed") == said_by_default(prompt, 2, nameless, "arranged") == ""
 
 
 def test_a_region_may_say_where_all_subjects_are() -> None:
-    bird = adapter("bird", trigger="blue bird")
-    both = Place((0.5, 0.2), [bird, adapter("hat", trigger="zib", class_word="hat")])
-    arrangement = Arrangement(places=[*PLACES, both, Place((0.5, 0.8), [adapter("plain")])], styles=[])
+    nameless = adapter("bird", trigger="blue bird")  # what its trigger is called without it, nobody knows
+    both = Place((0.5, 0.2), 0.4, [nameless, adapter("hat", trigger="zib", class_word="hat")])
+    arrangement = Arrangement(places=[*PLACES, both, Place((0.5, 0.8), 0.4, [adapter("plain")])], styles=[])
     said = [said_by_default("a photo of a sks cat, on grass", index, arrangement, "arranged") for index in range(4)]
     assert said == [
-        "a photo, on the left a red dog and on the right a cat and at the top a blue bird and a hat, on grass",
-        "a photo, on the left a dog and on the right a sks cat and at the top a blue bird and a hat, on grass",
+        "a photo, on the left a red dog and on the right a cat and at the top a hat, on grass",
+        "a photo, on the left a dog and on the right a sks cat and at the top a hat, on grass",
         "a photo, on the left a dog and on the right a cat and at the top a blue bird and a zib hat, on grass",
         "",
     ]
+
+
+def test_a_region_speaks_for_itself_where_another_has_the_same_name() -> None:
+    plain = adapter("plain", class_word="cat")
+    for own, other, said in (
+        (plain, CAT, "on the right a cat"),
+        (adapter("x", trigger="zqx"), adapter("x", trigger="zqx"), ""),
+    ):
+        arrangement = Arrangement(places=[Place((0.2, 0.5), 0.4, [other]), Place((0.8, 0.5), 0.4, [own])], styles=[])
+        assert said_by_default("", 1, arrangement, "arranged") == said
+
+
+def test_what_lies_behind_others_is_on_no_side_of_them() -> None:
+    behind = [Place((0.25, 0.5), 0.5, [DOG]), Place((0.5, 0.5), 1.0, [CAT])]
+    assert said_by_default("", 1, Arrangement(places=behind, styles=[]), "placed") == "a sks cat"
+    beside = [Place((0.25, 0.5), 0.5, [DOG]), Place((0.5, 0.5), 0.5, [CAT])]
+    assert said_by_default("", 1, Arrangement(places=beside, styles=[]), "placed") == "on the right a sks cat"
