@@ -91,11 +91,8 @@ def test_a_region_may_say_where_all_subjects_are() -> None:
 
 
 def test_a_region_speaks_for_itself_where_another_has_the_same_name() -> None:
-    plain = adapter("plain", class_word="cat")
-    for own, other, said in (
-        (plain, CAT, "on the right a cat"),
-        (adapter("x", trigger="zqx"), adapter("x", trigger="zqx"), ""),
-    ):
+    plain, nameless = adapter("plain", class_word="cat"), adapter("x", trigger="zqx")
+    for own, other, said in ((plain, CAT, "on the right a cat"), (nameless, nameless, "on the right a zqx")):
         arrangement = Arrangement(places=[Place((0.2, 0.5), 0.4, [other]), Place((0.8, 0.5), 0.4, [own])], styles=[])
         assert said_by_default("", 1, arrangement, "arranged") == said
 
