@@ -95,6 +95,8 @@ _CLORA = Row(
         {**FOUND, **UNIT, "step": 0.03},
         {**STAYING, **UNIT, "step": 0.03},
         {**STAYING, "step": 0},
+        {**STAYING, "step": 0, "find": 0.5},
+        {**STAYING, "step": 0, "find": 0.8},
     ),
 )
 _COMPOSER = Row(
