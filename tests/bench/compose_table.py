@@ -209,15 +209,21 @@ def parts_table(rows: Rows) -> list[str]:
     return table(header, lines) if lines else []
 
 
-def gap_closed(method: Sequence[Record], reference: Sequence[Record], top: Mapping[str, float], resamples: int = 4000) -> str:
-    """Share of the way from the reference to the ceiling (pictures that pass), with a bootstrap over combinations.
+def gap_closed(
+    method: Sequence[Record],
+    reference: Sequence[Record],
+    top: Mapping[str, float],
+    value: Callable[[Record], float] = passes,
+    resamples: int = 4000,
+) -> str:
+    """Share of the way from the reference to the ceiling in the mean of ``value``, with a bootstrap over combinations.
 
     ``top``: the ceiling of each combination.
     """
     names = sorted({r.case for r in method} & {r.case for r in reference})
     if not names or any(math.isnan(top[name]) for name in names):
         return ""
-    mine, theirs = ([fmean(passes(r) for r in side if r.case == name) for name in names] for side in (method, reference))
+    mine, theirs = ([fmean(value(r) for r in side if r.case == name) for name in names] for side in (method, reference))
     most = [top[name] for name in names]
     drawn = np.random.default_rng(0).integers(0, len(names), (resamples, len(names)))
     a, b, c = (np.asarray(values)[drawn].mean(1) for values in (mine, theirs, most))
@@ -230,18 +236,24 @@ def gap_closed(method: Sequence[Record], reference: Sequence[Record], top: Mappi
 
 
 def gap_table(rows: Rows, cases: Mapping[str, Case], singles: Mapping[tuple[str, str], Rate]) -> list[str]:
-    """Every method's share of the gap between the reference and the ceiling, at K = 2, 3, and at K = 2 alone."""
-    top = {r.case: ceiling(cases[r.case], singles)[0] for records in rows.values() for r in records}
+    """Every method's share of the gap between the reference and the ceiling, at K = 2, 3, and at K = 2 alone: in pictures that
+    pass, and in LoRAs that are present."""
+    tops = {r.case: ceiling(cases[r.case], singles) for records in rows.values() for r in records}
     lines: dict[str, list[str]] = {name: [] for name in rows if name not in ("truth", "known", "floor", REFERENCE)}
-    parts = ((2, 3), (2,))
-    for counts in parts:
+    parts = [
+        (index, value, what, counts)
+        for index, (value, what) in enumerate(((passes, "pictures that pass"), (present, "present")))
+        for counts in ((2, 3), (2,))
+    ]
+    for index, value, _, counts in parts:
         few = {name: [r for r in records if r.count in counts] for name, records in rows.items()}
+        top = {case: values[index] for case, values in tops.items()}
         for name, told in lines.items():
-            told.append(gap_closed(few[name], few.get(REFERENCE, ()), top))
+            told.append(gap_closed(few[name], few.get(REFERENCE, ()), top, value))
     if not any(text for told in lines.values() for text in told):
         return []
-    header = [f"of the gap from {REFERENCE} to the ceiling, K = {', '.join(map(str, counts))}" for counts in parts]
-    return table(["", *header], [[name, *told] for name, told in lines.items()])
+    header = [f"{what}, K = {', '.join(map(str, counts))}" for _, _, what, counts in parts]
+    return table([f"of the gap from {REFERENCE} to the ceiling", *header], [[name, *told] for name, told in lines.items()])
 
 
 def single_table(singles: Mapping[tuple[str, str], Rate], base: Sequence[Record], truth: Sequence[Record]) -> list[str]:

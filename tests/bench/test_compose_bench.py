@@ -262,6 +262,7 @@ def test_the_gap_closed() -> None:
     half = [record("m", f"c{i}", 1, "present" if i % 2 else "vanished") for i in range(40)]
     top = {f"c{i}": 0.8 for i in range(40)}
     assert gap_closed(half, low, top).startswith("62 %")
+    assert gap_closed(half, low, dict.fromkeys(top, 1.0), lambda record: 2 * record.present()).startswith("100 %")
     assert gap_closed(half, half, dict.fromkeys(top, 0.3)) == "gap too small to tell"
 
 
