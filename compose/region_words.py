@@ -54,6 +54,24 @@ class Arrangement:
         """The LoRAs that some region names."""
         return [adapter for place in self.places for adapter in place.own]
 
+    def besides(self, index: int) -> list[int]:
+        """The other regions, each once: one may be in the request several times."""
+        seen, found = [self.places[index]], []
+        for at, place in enumerate(self.places):
+            if not any((place.middle, place.own) == (other.middle, other.own) for other in seen):
+                seen.append(place)
+                found.append(at)
+        return found
+
+    def in_order(self, indices: Sequence[int]) -> list[int]:
+        """Regions as people name them, whatever their order in the request: from left to right, then those between."""
+
+        def key(index: int) -> tuple[int, float, float]:
+            (x, y), told = self.places[index].middle, self.told(index, "called")
+            return 0 if told.startswith("on the left") else 1 if told.startswith("on the right") else 2, y, x
+
+        return sorted(indices, key=key)
+
     def told(self, index: int, how: Literal["called", "class"]) -> str:
         """Where the region ``index`` is and what is there, as in "on the left a zarn animal"; "": nothing is known."""
         place = self.places[index]
@@ -73,10 +91,12 @@ def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said)
         subjects = [escape(phrase) for adapter in arrangement.places[index].own if (phrase := adapter.lora.called)]
         return ", ".join([" and ".join(subjects), *style_words(whole, arrangement)])
     if how == "arranged":
-        own = arrangement.places[index].named("called")
+        own, others = arrangement.places[index], arrangement.besides(index)
         # Two of one name: nobody could say which of them is this region's.
-        if own not in [place.named("class") for at, place in enumerate(arrangement.places) if at != index]:
-            every = [arrangement.told(at, "called" if at == index else "class") for at in range(len(arrangement.places))]
+        if own.named("called") not in [arrangement.places[other].named("class") for other in others]:
+            every = [
+                arrangement.told(at, "called" if at == index else "class") for at in arrangement.in_order([index, *others])
+            ]
             told = " and ".join(each for each in every if each)
     about = [None if names_subject else clause for clause, names_subject in clauses(whole, arrangement)]
     at = about.index(None) if None in about else 0

@@ -269,7 +269,7 @@ def test_the_embedded_base_takes_smaller_steps(base: Base, pair: list[Adapter], 
     scripted(monkeypatch, lambda step, rows: [30.0 - step] * len(rows))
     for family, size in (("embedded", 5), ("sd15", 20)):
         method = Still.of(reinit=False)
-        other = replace(base, family=replace(base.family, name=family))
+        other = replace(base, family=replace(base.family, small=family == "embedded"))
         denoised(other, method, [replace(each, weight=0.0) for each in pair], steps=2)
         assert float(method.shifts[0]) == pytest.approx(size, rel=1e-3)
 

@@ -102,3 +102,14 @@ def test_what_lies_behind_others_is_on_no_side_of_them() -> None:
     assert said_by_default("", 1, Arrangement(places=behind, styles=[]), "placed") == "a sks cat"
     beside = [Place((0.25, 0.5), 0.5, [DOG]), Place((0.5, 0.5), 0.5, [CAT])]
     assert said_by_default("", 1, Arrangement(places=beside, styles=[]), "placed") == "on the right a sks cat"
+
+
+def test_the_order_of_regions_does_not_matter_and_one_said_twice_is_one() -> None:
+    bird = Place((0.5, 0.2), 0.3, [adapter("bird", trigger="zqx", class_word="bird")])
+    said = "on the left a dog and on the right a sks cat and at the top a bird"
+    for places in (
+        [bird, PLACES[1], PLACES[0]],
+        [PLACES[1], PLACES[0], bird],
+        [PLACES[1], bird, Place((0.8, 0.5), 0.4, [CAT]), PLACES[0], PLACES[0]],
+    ):
+        assert said_by_default("", places.index(PLACES[1]), Arrangement(places=places, styles=[]), "arranged") == said
