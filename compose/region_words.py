@@ -20,6 +20,7 @@ picture: its clauses, cut at commas, that name no subject; "placed": that in the
 regions by their class words if their LoRAs tell any, as in "a 3d render, on the left a zarn animal and on the right a flower
 and at the top a bird"; "whole": the prompt.
 """
+SIDES = ("on the left", "on the right")
 HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")
 """What a picture is, as in "a 3d render of": few words and no place."""
 APART = 0.1
@@ -67,17 +68,21 @@ class Arrangement:
         """Regions as people name them, whatever their order in the request: from left to right, then those between."""
 
         def key(index: int) -> tuple[int, float, float]:
-            (x, y), told = self.places[index].middle, self.told(index, "called")
-            return 0 if told.startswith("on the left") else 1 if told.startswith("on the right") else 2, y, x
+            (x, y), where = self.places[index].middle, self.where(index)
+            return SIDES.index(where) if where in SIDES else len(SIDES), y, x
 
         return sorted(indices, key=key)
 
+    def where(self, index: int) -> str:
+        """Where the region ``index`` is, as in "on the left"; "": nowhere that has a name."""
+        place = self.places[index]
+        others = [other.middle[0] for other in self.places if other is not place] if place.width <= WIDE else []
+        return placed_words(*place.middle, others)
+
     def told(self, index: int, how: Literal["called", "class"]) -> str:
         """Where the region ``index`` is and what is there, as in "on the left a zarn animal"; "": nothing is known."""
-        place = self.places[index]
-        named = place.named(how)
-        others = [other.middle[0] for other in self.places if other is not place] if place.width <= WIDE else []
-        return f"{placed_words(*place.middle, others)} {named}".strip() if named else ""
+        named = self.places[index].named(how)
+        return f"{self.where(index)} {named}".strip() if named else ""
 
 
 def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said) -> str:
@@ -87,9 +92,10 @@ def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said)
     told = arrangement.told(index, "called")
     if not told:
         return ""
+    about = style_words(whole, arrangement)
     if how == "local":
         subjects = [escape(phrase) for adapter in arrangement.places[index].own if (phrase := adapter.lora.called)]
-        return ", ".join([" and ".join(subjects), *style_words(whole, arrangement)])
+        return ", ".join([" and ".join(subjects), *about])
     if how == "arranged":
         own, others = arrangement.places[index], arrangement.besides(index)
         # Two of one name: nobody could say which of them is this region's.
@@ -98,10 +104,8 @@ def said_by_default(whole: str, index: int, arrangement: Arrangement, how: Said)
                 arrangement.told(at, "called" if at == index else "class") for at in arrangement.in_order([index, *others])
             ]
             told = " and ".join(each for each in every if each)
-    about = [None if names_subject else clause for clause, names_subject in clauses(whole, arrangement)]
-    at = about.index(None) if None in about else 0
-    kept = [clause for clause in about if clause is not None]
-    return ", ".join([*kept[:at], told, *kept[at:], *unnamed_styles(kept, arrangement)])
+    before = next((at for at, (_, names_subject) in enumerate(clauses(whole, arrangement)) if names_subject), 0)
+    return ", ".join([*about[:before], told, *about[before:]])
 
 
 def placed_words(x: float, y: float, others: Sequence[float] = ()) -> str:
@@ -110,10 +114,11 @@ def placed_words(x: float, y: float, others: Sequence[float] = ()) -> str:
     What is on a side is said to be there, however high, and so is what stands in the middle with all ``others`` (their x) to
     one side of it; "" for anything else in the middle.
     """
+    left, right = SIDES
     if not 0.4 <= x <= 0.6:
-        return "on the left" if x < 0.5 else "on the right"
+        return left if x < 0.5 else right
     if others and (min(others) - x >= APART or x - max(others) >= APART):
-        return "on the left" if x < min(others) else "on the right"
+        return left if x < min(others) else right
     return "at the top" if y < 0.4 else "at the bottom" if y > 0.6 else ""
 
 

@@ -16,13 +16,13 @@ from PIL import Image
 import studio
 from compose.schedulers import sampler_name
 from pipelines.image import GenerateResult, generate
-from studio.base import EMBEDDED, base_sha256, known_bases, read_json
+from studio.base import base_sha256, known_bases, read_json
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.hashes import auto_v3, sha256_of
 from studio.infotext import Infotext, hashes, parse
 from studio.lora.library import find_lora, list_loras
 from studio.media import read_carried
-from studio.paths import assets
+from studio.paths import EMBEDDED, assets
 from studio.prompts import take_tags
 from studio.requests import GenerateRequest
 

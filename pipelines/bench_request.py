@@ -13,6 +13,7 @@ from studio.errors import FileError, RequestError, UnknownNameError
 from studio.lora.files import read_header
 from studio.lora.identity import LoraHeader
 from studio.lora.library import find_lora, lora_files
+from studio.paths import EMBEDDED
 from studio.prompts import escape
 from studio.requests import MAX_SEED, Finite, LoraRef, Request
 
@@ -38,7 +39,7 @@ class BenchRequest(Request):
         steps, guidance, size, scheduler: None: the base's own.
     """
 
-    base: str = "embedded"
+    base: str = EMBEDDED
     loras: tuple[LoraRef, ...] = ()
     folder: Path | None = None
     methods: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from compose.profile import Profile, kept, measure, places, stored
 from studio.base import load_base
 from studio.lora.files import load_lora
 from studio.lora.library import find_lora
+from studio.paths import EMBEDDED
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class Profiled:
 def profile(
     names: Sequence[str | Path],
     *,
-    base: str = "embedded",
+    base: str = EMBEDDED,
     again: bool = False,
     lora_dirs: Sequence[str | Path] = (),
     device: str | torch.device | None = None,

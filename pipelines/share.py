@@ -21,6 +21,7 @@ from studio.lora.files import read_header
 from studio.lora.identity import LoraHeader
 from studio.lora.library import find_lora
 from studio.media import A1111_CHUNK
+from studio.paths import EMBEDDED
 
 LARGEST_PREVIEW = 1024
 """Longer side of the preview picture in pixels."""
@@ -43,7 +44,7 @@ def share(
     *,
     preview: str | Path | None = None,
     prompt: str | None = None,
-    base: str = "embedded",
+    base: str = EMBEDDED,
     seed: int = 0,
     lora_dirs: Sequence[str | Path] = (),
     device: str | None = None,

@@ -24,7 +24,7 @@ from studio.errors import FileError, MissingAssetError, RequestError, UnknownNam
 from studio.family import FAMILIES, Family, detect
 from studio.hashes import sha256_of
 from studio.lora.header import read_raw_header
-from studio.paths import assets
+from studio.paths import EMBEDDED, assets
 from studio.placement import Placement, Turns, place
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-EMBEDDED = "embedded"
 PARTS = ("tokenizer", "scheduler", "text_encoder", "unet", "vae")
 WEIGHTED = ("unet", "text_encoder", "text_encoder_2", "vae")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from studio.errors import MissingAssetError
 
+EMBEDDED = "embedded"
+"""The name of the base model in ``assets/base``; no folder of that name takes its place."""
+
 
 @lru_cache(maxsize=1)
 def assets() -> Path:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from studio.errors import RequestError, UnknownNameError
 from studio.family import Family
+from studio.paths import EMBEDDED
 
 VERSION = 1
 MAX_SEED = 2**32 - 1
@@ -180,7 +181,7 @@ class GenerateRequest(Request):
     negative: str = ""
     loras: tuple[LoraRef, ...] = ()
     embeddings: tuple[str, ...] = ()
-    base: str = "embedded"
+    base: str = EMBEDDED
     vae: str | None = None
     clip_skip: Annotated[int, Field(ge=1, le=48)] = 1
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None

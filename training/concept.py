@@ -297,7 +297,7 @@ class _Run:
             write(named(self.step), self._lora(), self._layout())
             if config.keep_last and (past := self.step - config.keep_last * config.save_every) > 0:
                 named(past).unlink(missing_ok=True)
-        except (FileError, OSError) as error:  # OSError: of the file that goes; the run may still finish
+        except (FileError, OSError) as error:  # OSError: of deleting. The run goes on: only a file in between is missing
             self._note(str(error))
 
     def _again(self) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from studio.errors import RequestError, UnknownNameError
+from studio.paths import EMBEDDED
 from training.names import FOREIGN_NAMES, SPELLINGS
 
 SECTIONS = ("attn", "attn+ff", "image", "all")
@@ -23,8 +24,8 @@ NEEDED = {
     "trigger": "the new word that calls the concept, such as 'zqx'",
 }
 """The options without a default, for the sentence that asks for them."""
-EMBEDDED = "embedded"
-"""The base's name, which no folder beside a YAML file takes the place of."""
+ALPHA = "alpha"
+"""The value of ``masks`` that stands for the pictures' own transparency."""
 RANK_LIMIT = 512
 """Above this a LoRA is larger than what it adapts; a rank this high is a typing mistake."""
 Rate = Annotated[float, Field(gt=0, le=10)]

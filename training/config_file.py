@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from studio.errors import FileError
-from training.config import EMBEDDED, ConceptConfig, make_config
+from studio.paths import EMBEDDED
+from training.config import ALPHA, ConceptConfig, make_config
 
 
 def load_config(path: Path | str, /, **overrides: Any) -> ConceptConfig:
@@ -38,7 +39,7 @@ def read_options(path: Path) -> dict[str, Any]:
     for key in ("data", "output", "prior_data", "start_from"):
         if isinstance(values.get(key), str):
             values[key] = path.parent / Path(values[key]).expanduser()
-    if isinstance(masks := values.get("masks"), str) and masks != "alpha":
+    if isinstance(masks := values.get("masks"), str) and masks != ALPHA:
         values["masks"] = path.parent / Path(masks).expanduser()
     base = values.get("base")
     if isinstance(base, str) and base not in ("", EMBEDDED) and (beside := path.parent / Path(base).expanduser()).exists():

@@ -164,14 +164,18 @@ def _repeats(row: dict[str, Any], number: int, table: Path) -> int:
 
 
 def _open(path: Path, caption: str | None, repeats: int) -> Picture:
-    data = _bytes(path)
     width, height = _decode(path).size
-    return Picture(path, caption, repeats, width, height, hashlib.sha256(data).hexdigest())
+    return Picture(path, caption, repeats, width, height, file_digest(path))
 
 
-def _bytes(path: Path) -> bytes:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a picture file.
+
+    Raises:
+        FileError: it cannot be read.
+    """
     try:
-        return path.read_bytes()
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise FileError(f"cannot read the picture '{path}': {error.strerror}") from None
 

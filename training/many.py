@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from studio.errors import CancelledError, FileError, RequestError, StudioError
-from training.config import ConceptConfig, make_config
+from training.config import ALPHA, ConceptConfig, make_config
 from training.config_file import read_options
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def configs_of(folder: Path, out: Path | None = None, **shared: Any) -> dict[str
     for key in ("data", "output"):
         if key in shared:
             raise RequestError(f"'{key}' cannot be the same for several trainings: it follows from the subfolder")
-    if shared.get("masks") not in (None, "alpha"):
+    if shared.get("masks") not in (None, ALPHA):
         raise RequestError(
-            f"'masks' cannot be one folder for several trainings: set it in the {OWN} of each subfolder, or to alpha"
+            f"'masks' cannot be one folder for several trainings: set it in the {OWN} of each subfolder, or to {ALPHA}"
         )
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and _is_job(path))
     if not subfolders:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +12,8 @@ from PIL import Image, ImageOps
 
 from studio.errors import FileError, RequestError
 from studio.media import opacity, open_mask
-from training.dataset import PICTURES, Picture
+from training.config import ALPHA
+from training.dataset import PICTURES, Picture, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ def with_masks(pictures: Sequence[Picture], where: Path | Literal["alpha"], data
         FileError: no such folder, a mask of no picture or of two, one that cannot be read.
         RequestError: no picture has one.
     """
-    if where == "alpha":
+    if where == ALPHA:
         masked = [picture if opacity(picture.path) is None else replace(picture, mask=picture.path) for picture in pictures]
         missing = "no picture is transparent anywhere: cut the subject out, or give a folder of masks"
     else:
@@ -39,9 +39,9 @@ def with_masks(pictures: Sequence[Picture], where: Path | Literal["alpha"], data
 
 def _from_folder(pictures: Sequence[Picture], folder: Path, data: Path) -> list[Picture]:
     if not folder.is_dir():
-        raise FileError(f"the folder of masks '{folder}' does not exist: check the path, or say 'alpha' for transparency")
+        raise FileError(f"the folder of masks '{folder}' does not exist: check the path, or say '{ALPHA}' for transparency")
     if folder.resolve() == data.resolve():
-        raise FileError(f"masks is the folder of the pictures themselves, '{folder}': give another, or say 'alpha'")
+        raise FileError(f"masks is the folder of the pictures themselves, '{folder}': give another, or say '{ALPHA}'")
     files = sorted(
         file
         for file in folder.rglob("*")
@@ -49,10 +49,10 @@ def _from_folder(pictures: Sequence[Picture], folder: Path, data: Path) -> list[
     )
     owners: dict[Path, list[Picture]] = {}
     for picture in pictures:
-        owners.setdefault(picture.path.relative_to(data).with_suffix(""), []).append(picture)
+        owners.setdefault(_name(picture.path, data), []).append(picture)
     found: dict[Path, Path] = {}
     for file in files:
-        name = file.relative_to(folder).with_suffix("")
+        name = _name(file, folder)
         if name not in owners:
             raise FileError(f"mask '{file}' has no picture of the same name: there is no '{data / name}' with it")
         if name in found or len(owners[name]) > 1:
@@ -60,17 +60,23 @@ def _from_folder(pictures: Sequence[Picture], folder: Path, data: Path) -> list[
             raise FileError(f"'{rivals[0]}' and '{rivals[1].name}' share one name: a mask must belong to one picture")
         found[name] = file
     return [
-        picture if mask is None else replace(picture, mask=mask, mask_digest=sha256(open_mask(mask).tobytes()).hexdigest())
+        replace(picture, mask=mask, mask_digest=file_digest(mask))
+        if (mask := found.get(_name(picture.path, data)))
+        else picture
         for picture in pictures
-        for mask in [found.get(picture.path.relative_to(data).with_suffix(""))]
     ]
+
+
+def _name(file: Path, folder: Path) -> Path:
+    """What a picture and its mask have in common."""
+    return file.relative_to(folder).with_suffix("")
 
 
 def check_masks(pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]]) -> None:
     """Refuse masks that say nothing about their picture, as it is cropped to its size (width, height).
 
     Raises:
-        RequestError: one that is black or dark all over, or where the picture is not cropped away.
+        RequestError: one that is dark all over in what the crop keeps.
         FileError: one whose proportions are not its picture's.
     """
     for picture, size in zip(pictures, sizes, strict=True):
@@ -84,7 +90,7 @@ def check_masks(pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]]) -
                 "give it the same proportions"
             )
         own = picture.mask == picture.path
-        if (most := int(mask_pixels(picture, size).max() * 255)) < 128:
+        if (most := int(_fitted(shades, size).max() * 255)) < 128:
             told = f"'{picture.path}' is nearly transparent all over" if own else f"mask '{picture.mask}' is dark all over"
             raise RequestError(
                 f"{told} in what a crop to {size[0]} x {size[1]} keeps (at most {most} of 255), so nothing would be learnt: "
@@ -99,8 +105,11 @@ def mask_pixels(picture: Picture, size: tuple[int, int]) -> Tensor:
 
     if picture.mask is None:
         return torch.ones(1, size[1], size[0])
-    shades = ImageOps.fit(_shades(picture, picture.mask), size, Image.Resampling.BOX)
-    return torch.from_numpy(np.array(shades, np.float32))[None] / 255
+    return torch.from_numpy(_fitted(_shades(picture, picture.mask), size))[None]
+
+
+def _fitted(shades: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    return np.array(ImageOps.fit(shades, size, Image.Resampling.BOX), np.float32) / 255
 
 
 def _shades(picture: Picture, mask: Path) -> Image.Image:

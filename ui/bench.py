@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from studio.paths import EMBEDDED
 from ui import console
 from ui.console import Json
 from ui.options import BASE_HELP, Device, Dtype, LoraDirs, Memory, given
@@ -22,7 +23,7 @@ TONES = {"kept": "good", "confused": "bad", "lost": "plain"}
 
 
 def bench(
-    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = EMBEDDED,
     loras: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of LoRA files; those of other families and styles are left out.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from studio.paths import EMBEDDED
 from ui import bench, compare, console, lora_cli, methods, render, train_cli
 from ui.arguments import free_path, parse_settings
 from ui.console import Json
@@ -83,7 +84,7 @@ def generate(
     compose: Compose = None,
     settings: Settings = None,
     region: Regions = None,
-    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = EMBEDDED,
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the base's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default the base's own.")] = None,

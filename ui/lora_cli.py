@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from studio.paths import EMBEDDED
 from ui import console
 from ui.console import Json
 from ui.options import BASE_HELP, Device, LoraDirs
@@ -86,7 +87,7 @@ def _plain(text: str, most: int) -> str:
 @app.command()
 def check(
     name: Annotated[str, typer.Argument(metavar="NAME_OR_FILE_OR_DIR", help="A LoRA by name or file, or a folder of them.")],
-    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = EMBEDDED,
     lora_dir: LoraDirs = None,
     json: Json = False,
 ) -> None:
@@ -230,7 +231,7 @@ def resize(
 @app.command()
 def profile(
     names: Annotated[list[str], typer.Argument(metavar="NAME_OR_FILE...", help="LoRAs by name or file.")],
-    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = EMBEDDED,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
     lora_dir: LoraDirs = None,
     device: Device = None,
@@ -288,7 +289,7 @@ def share(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The .zip to write; by default NAME.zip here.")] = None,
     preview: Annotated[Path | None, typer.Option(help="A picture to show; by default one is drawn.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw; by default the trigger.")] = None,
-    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = EMBEDDED,
     seed: Annotated[int, typer.Option(help="Seed of the drawn preview.")] = 0,
     lora_dir: LoraDirs = None,
     device: Device = None,

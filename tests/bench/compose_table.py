@@ -240,19 +240,18 @@ def gap_table(rows: Rows, cases: Mapping[str, Case], singles: Mapping[tuple[str,
     pass, and in LoRAs that are present."""
     tops = {r.case: ceiling(cases[r.case], singles) for records in rows.values() for r in records}
     lines: dict[str, list[str]] = {name: [] for name in rows if name not in ("truth", "known", "floor", REFERENCE)}
-    parts = [
-        (index, value, what, counts)
-        for index, (value, what) in enumerate(((passes, "pictures that pass"), (present, "present")))
-        for counts in ((2, 3), (2,))
-    ]
-    for index, value, _, counts in parts:
-        few = {name: [r for r in records if r.count in counts] for name, records in rows.items()}
-        top = {case: values[index] for case, values in tops.items()}
-        for name, told in lines.items():
-            told.append(gap_closed(few[name], few.get(REFERENCE, ()), top, value))
+    header = []
+    for what, value, top in (
+        ("pictures that pass", passes, {case: every for case, (every, _) in tops.items()}),
+        ("present", present, {case: share for case, (_, share) in tops.items()}),
+    ):
+        for counts in ((2, 3), (2,)):
+            header.append(f"{what}, K = {', '.join(map(str, counts))}")
+            few = {name: [r for r in records if r.count in counts] for name, records in rows.items()}
+            for name, told in lines.items():
+                told.append(gap_closed(few[name], few.get(REFERENCE, ()), top, value))
     if not any(text for told in lines.values() for text in told):
         return []
-    header = [f"{what}, K = {', '.join(map(str, counts))}" for _, _, what, counts in parts]
     return table([f"of the gap from {REFERENCE} to the ceiling", *header], [[name, *told] for name, told in lines.items()])
 
 

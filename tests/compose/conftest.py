@@ -13,8 +13,14 @@ from compose.denoise import denoise
 from compose.run import Method
 from compose.text import Encoded, Wording, encode_pair
 from studio.base import Base
+from studio.lora.model import Lora
 
 Sample = Callable[..., Tensor]
+
+
+def adapter(name: str, **metadata: str) -> Adapter:
+    """A LoRA of no layers that says ``metadata``, such as trigger and class_word, of itself."""
+    return Adapter(name, Lora(layers={}, metadata={f"studio.{key}": value for key, value in metadata.items()}))
 
 
 @pytest.fixture(scope="session")

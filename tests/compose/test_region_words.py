@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compose.bank import Adapter
 from compose.region_words import Arrangement, Place, placed_words, said_by_default, style_words
-from studio.lora.model import Lora
-
-
-def adapter(name: str, **metadata: str) -> Adapter:
-    return Adapter(name, Lora(layers={}, metadata={f"studio.{key}": value for key, value in metadata.items()}))
-
+from tests.compose.conftest import adapter
 
 CAT, DOG = adapter("cat", trigger="sks", class_word="cat"), adapter("dog", trigger="red", class_word="dog")
 STYLE = adapter("night", trigger="style", class_word="photo")

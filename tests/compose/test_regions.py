@@ -27,11 +27,7 @@ from studio.base import Base
 from studio.errors import FileError, RequestError, UnknownNameError
 from studio.lora.model import Lora
 from studio.requests import Region
-
-
-def adapter(name: str, **metadata: str) -> Adapter:
-    return Adapter(name, Lora(layers={}, metadata={f"studio.{key}": value for key, value in metadata.items()}))
-
+from tests.compose.conftest import adapter
 
 CAT, DOG = adapter("my/cat.safetensors", trigger="sks", class_word="cat"), adapter("dog", trigger="red", class_word="dog")
 

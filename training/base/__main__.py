@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from studio.paths import EMBEDDED
 from training.base.loop import Run, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -163,7 +164,7 @@ def save(
 def loras(
     names: Annotated[list[str] | None, typer.Argument(help="Which examples; all when left out.")] = None,
     out: Path = Path("assets/loras"),
-    base: str = "embedded",
+    base: str = EMBEDDED,
 ) -> None:
     """Last: the example LoRAs, taught on the finished base."""
     from training.base.loras import examples, teach
