@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,7 +24,7 @@ NEEDED = {
     "trigger": "the new word that calls the concept, such as 'zqx'",
 }
 """The options without a default, for the sentence that asks for them."""
-ALPHA = "alpha"
+ALPHA: Final = "alpha"
 """The value of ``masks`` that stands for the pictures' own transparency."""
 RANK_LIMIT = 512
 """Above this a LoRA is larger than what it adapts; a rank this high is a typing mistake."""
