@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from training.dataset import BatchPlan, Picture, bucket_of, pixels, swap_sides
-from training.losses import stratified_timesteps
+from training.losses import Levels, stratified_timesteps
 from training.masks import mask_pixels
 from training.text import Reader
 
@@ -120,7 +120,7 @@ class Source:
     """Batches of one data set.
 
     Args:
-        levels: the timesteps ``low <= t < high`` that are drawn.
+        levels: the timesteps that are drawn.
         unmasked: how much what a mask leaves out counts all the same.
         kept_clauses: those in front of every caption that stay there while the others change places; None: nothing moves.
     """
@@ -135,7 +135,7 @@ class Source:
         sizes: Sequence[tuple[int, int]],
         batch: int,
         seed: int,
-        levels: tuple[int, int],
+        levels: Levels,
         kind: int = DATA,
         flip: bool = False,
         dropout: float = 0.0,
@@ -154,7 +154,7 @@ class Source:
         self.masked, self.unmasked = any(picture.mask for picture in pictures), unmasked
         self.kept_clauses = kept_clauses
         self.seed, self.kind, self.flip, self.dropout, self.noise_offset = seed, kind, flip, dropout, noise_offset
-        self.low, self.high = levels
+        self.levels = levels
 
     def batch(self, index: int) -> Batch:
         """Batch number ``index``, on the CPU."""
@@ -162,7 +162,7 @@ class Source:
         draw = stream(self.seed, self.kind, index)
         flips = (torch.rand(len(items), generator=draw) < (0.5 if self.flip else 0.0)).tolist()
         drops = (torch.rand(len(items), generator=draw) < self.dropout).tolist()
-        t = stratified_timesteps(len(items), self.high - self.low, draw, self.low)
+        t = stratified_timesteps(len(items), self.levels, draw)
         latents = torch.stack([self.latents.sample(i, f, draw) for i, f in zip(items, flips, strict=True)])
         noise = torch.randn(latents.shape, generator=draw)
         if self.noise_offset:

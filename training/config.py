@@ -133,6 +133,10 @@ class ConceptConfig(BaseModel):
     """Least noise that is learnt: an early timestep is little noise, which decides details."""
     max_timestep: Annotated[int, Field(ge=1)] | None = None
     """Timesteps below this one are learnt; None: all of the base's, which are 1000 on Stable Diffusion."""
+    timestep_sampling: Literal["uniform", "sigmoid"] = "uniform"
+    """How often each of them is learnt: alike, or those in the middle more often."""
+    sigmoid_scale: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """How widely ``sigmoid`` spreads them: less than 1 keeps to the middle, above 1.41 there are two peaks towards the ends."""
     loss: Literal["l2", "huber", "smooth_l1"] = "l2"
     """Of the denoising; pseudo-Huber losses mind single bad pictures less."""
     huber_c: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -228,7 +232,7 @@ class ConceptConfig(BaseModel):
             _compiled(pattern, "block_rates")
         return value
 
-    @field_validator("optimizer", "schedule", "loss", "huber_schedule", mode="before")
+    @field_validator("optimizer", "schedule", "loss", "huber_schedule", "timestep_sampling", mode="before")
     @classmethod
     def _spelling(cls, value: object) -> object:
         """Names as other trainers write them: ``AdamW8bit``, ``constant_with_warmup``."""
@@ -292,6 +296,7 @@ class ConceptConfig(BaseModel):
             ("unmasked_weight", "masks to a folder or 'alpha'", self.masks is None),
             ("huber_c", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
             ("huber_schedule", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
+            ("sigmoid_scale", "timestep_sampling to 'sigmoid'", self.timestep_sampling == "uniform"),
             ("keep_last", "save_every to a number of steps", not self.save_every),
         ):
             if idle and getattr(self, key) != type(self).model_fields[key].default:

@@ -5,6 +5,8 @@ Shapes: latents ``x``, noise and predictions ``[B, C, H, W]``; timesteps ``t [B]
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -103,10 +105,27 @@ def weighted_huber(
     return (row_means(rows, masks) * weights).mean()
 
 
-def stratified_timesteps(count: int, steps: int, generator: torch.Generator, first: int = 0) -> Tensor:
-    """``[count]`` int64: one uniform draw in each of ``count`` equal slices of ``first..first+steps-1``, in random order.
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """The noise levels that are learnt: timesteps ``low <= t < high``.
 
-    Every element alone is uniform; the batch covers all noise levels, so the loss swings less than with independent draws.
+    ``spread``: None draws them uniformly; a number s draws ``low + (high - low) sigmoid(s z)`` with z normal, which prefers the
+    middle; from s = 1.41 on it has two peaks instead, towards the ends (Esser et al., 2024, eq. 19).
+    """
+
+    low: int
+    high: int
+    spread: float | None = None
+
+
+def stratified_timesteps(count: int, levels: Levels, generator: torch.Generator) -> Tensor:
+    """``[count]`` int64: one draw in each of ``count`` equally likely slices of ``levels``, in random order.
+
+    Every element alone is drawn as ``levels`` says; the batch covers all noise levels, so the loss swings less than with
+    independent draws.
     """
     slices = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    return first + (slices * (steps / count)).long().clamp(max=steps - 1)
+    if levels.spread is not None:
+        slices = count * torch.sigmoid(levels.spread * torch.special.ndtri(slices / count))
+    steps = levels.high - levels.low
+    return levels.low + (slices * (steps / count)).long().clamp(max=steps - 1)

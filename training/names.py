@@ -65,6 +65,8 @@ FOREIGN_NAMES = {
     "shuffle_tokens": "shuffle_caption",
     "max_token_length": "caption_chunks",
     "loss_type": "loss",
+    "timestep_type": "timestep_sampling",
+    "noise_timestep_type": "timestep_sampling",
     "masked_loss": "masks",
     "alpha_mask": "masks",
     "conditioning_data_dir": "masks",
@@ -82,8 +84,9 @@ SPELLINGS = {
     "lion_8bit": "lion8bit",
     "sgdnesterov": "sgd",
     "mse": "l2",
+    "logit_normal": "sigmoid",
 }
-"""What others call our optimisers, schedules and losses."""
+"""What others call our optimisers, schedules, losses and ways to draw timesteps."""
 
 NEUTRAL = frozenset(
     [
@@ -117,6 +120,8 @@ LATER = frozenset(
         "caption_chunks",
         "min_timestep",
         "max_timestep",
+        "timestep_sampling",
+        "sigmoid_scale",
         "loss",
         "huber_c",
         "huber_schedule",

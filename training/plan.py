@@ -14,6 +14,7 @@ from studio.prompts import article
 from training.accelerators import check_device, launched, launcher_notes
 from training.config import ConceptConfig
 from training.dataset import Picture, bucket_of, bucket_sizes, digest, read_folder, with_trigger, without_trigger
+from training.losses import Levels
 from training.masks import check_masks, with_masks
 from training.names import LATER, NEUTRAL
 from training.optim import check_optimizer
@@ -50,10 +51,14 @@ class Plan:
     notes: Sequence[str]
 
     @property
-    def levels(self) -> tuple[int, int]:
-        """The timesteps ``low <= t < high`` that are learnt."""
-        most = self.config.max_timestep
-        return self.config.min_timestep, _timesteps(self.base) if most is None else most
+    def levels(self) -> Levels:
+        """The noise levels that are learnt."""
+        config = self.config
+        return Levels(
+            low=config.min_timestep,
+            high=_timesteps(self.base) if config.max_timestep is None else config.max_timestep,
+            spread=config.sigmoid_scale if config.timestep_sampling == "sigmoid" else None,
+        )
 
     @property
     def buckets(self) -> dict[tuple[int, int], int]:

@@ -74,6 +74,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "prior prompt with the trigger's word": (values(prior_prompts=("ZQX on grass",)), "calls the trigger"),
     "more prior rows than the batch has": (values(prior_batch=5), "prior_batch 5 is more than batch 4"),
     "tokens kept of what is not shuffled": (values(keep_tokens=1), "keep_tokens is given but would do nothing"),
+    "a scale of no sigmoid": (values(sigmoid_scale=2), "sigmoid_scale is given but would do nothing: set timestep_sampling to"),
     "a width of no Huber loss": (values(huber_c=0.2), "huber_c is given but would do nothing: set loss to 'huber'"),
     "the last of no files": (values(keep_last=2), "keep_last is given but would do nothing: set save_every"),
     "no timesteps": (values(min_timestep=500, max_timestep=500), "max_timestep 500 is not above min_timestep 500"),

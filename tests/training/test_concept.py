@@ -96,7 +96,7 @@ def test_previews_come_after_saving_see_a_plain_base_and_change_nothing(configur
         {"train_text": "embedding+lora", "prior": "consistency", "accumulation": 2, "schedule": "cosine_with_restarts"},
         {"train_text": "embedding", "caption_dropout": 1.0},
         {"loss": "huber", "min_timestep": 100, "prior": "consistency"},
-        {"loss": "smooth_l1", "huber_schedule": "exponential", "max_timestep": 300},
+        {"loss": "smooth_l1", "huber_schedule": "exponential", "max_timestep": 300, "timestep_sampling": "Logit-Normal"},
     ],
     ids=lambda changes: "+".join(f"{k}={v}" for k, v in changes.items()),
 )

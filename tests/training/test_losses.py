@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from training.losses import (
+    Levels,
     add_noise,
     huber_widths,
     min_snr_weights,
@@ -80,14 +84,27 @@ def test_pseudo_huber_is_straighter_where_there_is_noise(scheduler: DDPMSchedule
 
 def test_timesteps_keep_to_the_levels_asked_for() -> None:
     whole, part = (torch.Generator().manual_seed(3) for _ in range(2))
-    everything, some = stratified_timesteps(50, 1000, whole), stratified_timesteps(50, 100, part, 200)
+    everything = stratified_timesteps(50, Levels(low=0, high=1000), whole)
+    some = stratified_timesteps(50, Levels(low=200, high=300), part)
     assert everything.min() >= 0 and everything.max() < 1000
     assert some.min() >= 200 and some.max() < 300 and torch.equal((some - 200), everything // 10)
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_timesteps_that_prefer_the_middle(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([stratified_timesteps(4, Levels(low=200, high=1200, spread=scale), generator) for _ in range(4000)])
+    assert draws.min() >= 200 and draws.max() < 1200
+    # Below a quarter, a half and three quarters lie what normal numbers below -ln 3 / s, 0 and ln 3 / s make up.
+    normal = statistics.NormalDist(sigma=scale)
+    for level, share in ((450, normal.cdf(-math.log(3))), (700, 0.5), (950, normal.cdf(math.log(3)))):
+        assert (draws < level).double().mean().item() == pytest.approx(share, abs=0.01)
+    assert ((draws < 700).sum(1) == 2).all()
+
+
 def test_timesteps_cover_every_slice_and_stay_uniform() -> None:
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([stratified_timesteps(8, 1000, generator) for _ in range(2000)])
+    draws = torch.stack([stratified_timesteps(8, Levels(low=0, high=1000), generator) for _ in range(2000)])
     assert ((draws.sort(1).values // 125) == torch.arange(8)).all()
     first = draws[:, 0].double()
     assert first.mean().item() == pytest.approx(499.5, abs=25)
