@@ -60,14 +60,11 @@ from compose.options import Count, Share, Strength, from_json, names, numbers
 from compose.plan import AttentionPlan
 from compose.routes import per_row
 from compose.run import Options, Run, Step, joined
-from compose.separate import Separate, SeparateOptions, at_once, chunks, known
+from compose.separate import BASE, Separate, SeparateOptions, at_once, chunks, known
 from compose.text import words_of
 from compose.variants import Variants, subjects_of, variants_of
 from studio.errors import RequestError
 from studio.requests import Finite
-
-BASE = -1
-"""In the place of a concept: the pass of ``p_0``, without any."""
 
 
 class CLoRAOptions(SeparateOptions):
@@ -182,7 +179,7 @@ class CLoRA(Separate):
 
     @property
     def passes(self) -> tuple[int, ...]:
-        """The base and every concept."""
+        """The base, of ``p_0``, and every concept."""
         return (BASE, *self.concepts)
 
     def before_step(self, run: Run, step: Step) -> None:

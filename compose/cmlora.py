@@ -30,14 +30,14 @@ from compose.figures import Curves, Figure, Schedule
 from compose.options import Count, Share, Strength, names, numbers
 from compose.profile import profiled, stored
 from compose.run import Options, Run, Step
-from compose.separate import Separate, SeparateOptions, at_once, chunks, known
+from compose.separate import BASE, Mean, MeanOptions, at_once, chunks, known, weighted
 from compose.shallow import captured, skipping, usable_cut
 from studio.requests import Finite
 
 Order = Literal["paper", "reversed", "random", "rotation"]
 
 
-class CMLoRAOptions(SeparateOptions):
+class CMLoRAOptions(MeanOptions):
     """Options of :class:`CMLoRA`; the defaults are the paper's.
 
     Args:
@@ -54,7 +54,6 @@ class CMLoRAOptions(SeparateOptions):
         cache: whether deep features are kept; without them every forward is a whole one.
         cut: up blocks that a shallow forward computes. By default as few as have attention.
         high: names of the LoRAs of fine detail. By default their measured profiles decide.
-        chunk: LoRAs that share a forward; 1 needs least memory. By default as many as fit the base's batch.
         seed: seed of the order "random".
     """
 
@@ -68,7 +67,6 @@ class CMLoRAOptions(SeparateOptions):
     cache: bool = True
     cut: Count | None = None
     high: tuple[str, ...] | None = None
-    chunk: Count | None = None
     seed: int = 0
 
     _high = field_validator("high", mode="before")(names)
@@ -127,7 +125,7 @@ def turns(shares: Sequence[float], high: Sequence[int], low: Sequence[int], opti
     return course
 
 
-class CMLoRA(Separate):
+class CMLoRA(Mean):
     """Cached, dominance-weighted mean of what each LoRA alone predicts.
 
     Attributes after a run: ``course``, and how many ``whole`` and ``shallow`` forwards of one LoRA were made.
@@ -178,18 +176,20 @@ class CMLoRA(Separate):
             self.kept.clear()
         turn = self.course[step.index]
         count = len(self.concepts)
-        share = dict(zip(self.concepts, (w / count for w in weights(count, turn.dominant, turn.q)), strict=True))
-        whole = [k for i, k in enumerate(self.concepts) if i in turn.whole or not self._usable(k, run, x)]
-        rest = [k for k in self.concepts if k not in whole]
+        shares = dict(zip(self.concepts, (w / count for w in weights(count, turn.dominant, turn.q)), strict=True))
+        factors = self.amplified(shares)
+        # What the base alone says is taken away from all: it must not be older than the newest of them.
+        due = {self.concepts[i] for i in turn.whole} | ({BASE} if turn.whole else set())
+        whole = [k for k in self.passes if k in due or not self._usable(k, run, x)]
+        rest = [k for k in self.passes if k not in whole]
         uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
         size = at_once(run, self.options.chunk)
         for some, deep in [(c, True) for c in chunks(whole, size)] + [(c, False) for c in chunks(rest, size)]:
             run.check_cancelled()
             u, v = self._whole(run, step, x, some) if deep else self._shallow(run, step, x, some)
-            w = torch.tensor([share[k] for k in some], device=x.device, dtype=x.dtype).view(-1, 1, 1, 1, 1)
-            cond += (w * v).sum(0)
+            cond += weighted(v, factors, some)
             if u is not None:
-                uncond += (w * u).sum(0)
+                uncond += weighted(u, factors, some)
         return (uncond if run.guided else None), cond
 
     def _usable(self, concept: int, run: Run, x: Tensor) -> bool:

@@ -7,7 +7,8 @@ Guidance is linear, so the means of both halves are guided once, by the loop.
 What is different here:
 * All LoRAs are rows of one batched forward; ``chunk`` LoRAs at a time keep memory flat in their number.
 * Prompts are encoded with each LoRA alone, not once with all of them.
-* LoRAs have weights. The mean of scores is weaker than their sum: ``gain`` multiplies every weight.
+* LoRAs have weights. The mean of scores is weaker than their sum: ``amplify`` it (:mod:`compose.separate`), or let ``gain``
+  multiply every weight.
 """
 
 from __future__ import annotations
@@ -19,25 +20,22 @@ import torch
 from torch import Tensor
 
 from compose.figures import Figure, Schedule
-from compose.options import Count
 from compose.run import Options, Run, Step
-from compose.separate import Separate, SeparateOptions, at_once, chunks
+from compose.separate import Mean, MeanOptions, at_once, chunks, weighted
 from studio.requests import Finite
 
 
-class CompositeOptions(SeparateOptions):
+class CompositeOptions(MeanOptions):
     """Options of :class:`Composite`.
 
     Args:
-        chunk: LoRAs that share a forward; 1 needs least memory. By default as many as fit the base's batch.
         gain: multiplies the weights of LoRAs, because a mean is weaker than a sum; the paper has 1.
     """
 
-    chunk: Count | None = None
     gain: Finite = 1.0
 
 
-class Composite(Separate):
+class Composite(Mean):
     """The mean of what each LoRA alone predicts."""
 
     takes: ClassVar[type[Options]] = CompositeOptions
@@ -50,14 +48,14 @@ class Composite(Separate):
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
         if not self.concepts:
             return run.forward_guided(x, step.timestep)
-        count = len(self.concepts)
+        factors = self.amplified(dict.fromkeys(self.concepts, 1 / len(self.concepts)))
         uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
-        for some in chunks(self.concepts, at_once(run, self.options.chunk)):
+        for some in chunks(self.passes, at_once(run, self.options.chunk)):
             run.check_cancelled()
             u, v = self.each(run, x, step.timestep, some)
-            cond += v.sum(0) / count
+            cond += weighted(v, factors, some)
             if u is not None:
-                uncond += u.sum(0) / count
+                uncond += weighted(u, factors, some)
         return (uncond if run.guided else None), cond
 
     def explain(self, run: Run) -> Sequence[Figure]:

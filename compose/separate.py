@@ -1,8 +1,16 @@
-"""LoRAs that act one by one, each with its own rows, route and prompt: what Switch, Composite, CMLoRA and CLoRA share."""
+"""LoRAs that act one by one, each with its own rows, route and prompt: what Switch, Composite, CMLoRA and CLoRA share.
+
+Composite and CMLoRA are means of what each LoRA alone predicts, ``e = sum_k s_k e_k`` with shares that sum to 1. At share
+``1/n`` a LoRA changes the picture by an n-th of what it does alone. So the mean may be amplified, away from the base alone:
+
+    e = e_0 + a (sum_k s_k e_k - e_0)        e_0: the UNet with those LoRAs only that always act
+
+``a = 1`` is the mean, as published; ``a = n`` adds up, in noise space, what every LoRA changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -10,12 +18,15 @@ from pydantic import field_validator
 from torch import Tensor
 
 from compose.bank import Adapter, LoraBank
-from compose.options import names
+from compose.options import Count, Strength, names
 from compose.regions import speaking
 from compose.routes import Route, constant, per_row
 from compose.run import Method, Options, Run, joined
 from compose.text import Encoded
 from studio.errors import RequestError
+
+BASE = -1
+"""The pass in which no concept acts, among the indices of LoRAs."""
 
 
 class SeparateOptions(Options):
@@ -30,12 +41,25 @@ class SeparateOptions(Options):
     _names = field_validator("always", mode="before")(names)
 
 
+class MeanOptions(SeparateOptions):
+    """Options of the methods that take a mean.
+
+    Args:
+        amplify: how far to go from the base alone towards the mean, and beyond it; the papers have 1. Any other number takes
+            a pass without LoRAs too. Two LoRAs need none; half their number suits more.
+        chunk: LoRAs that share a forward; 1 needs least memory. By default as many as fit the base's batch.
+    """
+
+    amplify: Strength = 1.0
+    chunk: Count | None = None
+
+
 class Separate(Method):
     """Base of methods that let the LoRAs of a request act one by one.
 
     Attributes after :meth:`prepare`:
         concepts: indices of the LoRAs that take turns; none when there is no LoRA with a weight.
-        prompts: ``(negative, positive)`` of each concept, encoded with that LoRA alone where one changes the text encoder.
+        prompts: ``(negative, positive)`` of each pass, encoded with that LoRA alone where one changes the text encoder.
     """
 
     takes: ClassVar[type[Options]] = SeparateOptions
@@ -50,6 +74,11 @@ class Separate(Method):
     def is_always(self, adapter: Adapter) -> bool:
         """Whether a LoRA acts in every pass."""
         return bool({*adapter.names} & {*self.options.always})
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """What acts in turn: every concept."""
+        return self.concepts
 
     def parted(self, run: Run) -> LoraBank | None:
         """Check the request and part its LoRAs into ``always`` and ``concepts``; the bank, None when there are no LoRAs."""
@@ -68,7 +97,7 @@ class Separate(Method):
         if bank is None:
             return
         own_prompts = speaking([bank.adapters[k] for k in bank.active])
-        for concept in self.concepts:
+        for concept in self.passes:
             if own_prompts and run.encode is not None:
                 with bank.acting(self.only(run, concept)):
                     self.prompts[concept] = run.encode()
@@ -88,6 +117,28 @@ class Separate(Method):
     def each(self, run: Run, x: Tensor, timestep: Tensor, concepts: Sequence[int]) -> tuple[Tensor | None, Tensor]:
         """What each of ``concepts`` alone predicts, in one batched forward: ``(uncond or None, cond)``, ``[K, n, c, h, w]``."""
         return side_by_side(run, x, timestep, [(self.weights(run, k), self.prompts[k]) for k in concepts])
+
+
+class Mean(Separate):
+    """Base of methods that take a mean of what each LoRA alone predicts, amplified if asked for."""
+
+    takes: ClassVar[type[Options]] = MeanOptions
+    options: MeanOptions
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Every concept, and the base where the mean is amplified."""
+        return (*self.concepts, BASE) if self.options.amplify != 1 and self.concepts else self.concepts
+
+    def amplified(self, shares: Mapping[int, float]) -> dict[int, float]:
+        """``shares`` of the concepts, which sum to 1, as factors of all passes; these sum to 1, too."""
+        factor = self.options.amplify
+        return {k: factor * share for k, share in shares.items()} | ({BASE: 1 - factor} if BASE in self.passes else {})
+
+
+def weighted(outputs: Tensor, factors: Mapping[int, float], passes: Sequence[int]) -> Tensor:
+    """The sum of ``outputs [P, n, c, h, w]`` of some ``passes``, each times its factor."""
+    return torch.einsum("p,p...->...", outputs.new_tensor([factors[k] for k in passes]), outputs)
 
 
 def known(wanted: Iterable[str], option: str, adapters: Sequence[Adapter]) -> None:

@@ -62,7 +62,7 @@ class ConceptConfig(BaseModel):
     insert_trigger: bool = True
     """Put the trigger into captions that lack it: before the class word, else in front."""
 
-    rank: Annotated[int, Field(ge=1, le=RANK_LIMIT)] = 16
+    rank: Annotated[int, Field(ge=1, le=RANK_LIMIT)] = 32
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Strength is ``alpha / rank``; None: equal to the rank."""
     targets: str | tuple[str, ...] = "attn+ff"
@@ -87,7 +87,7 @@ class ConceptConfig(BaseModel):
     token_norm: Annotated[float, Field(gt=1)] | None = 1.4
     """Vectors stop learning when their mean length is so many times that of the base's own words (ED-LoRA: .55 on SD 1.5)."""
 
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 400
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     epochs: Annotated[int, Field(ge=1)] | None = None
     """When given, decides ``steps``: so many times through every picture times its repeats."""
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1

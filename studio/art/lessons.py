@@ -11,7 +11,7 @@ from PIL import Image
 from studio.art.atlas import splits
 from studio.art.backgrounds import BASE
 from studio.art.captions import caption
-from studio.art.looks import brings_background
+from studio.art.looks import SEEN, brings_background
 from studio.art.scenes import Scene, render, sample_scene
 
 Lesson = list[tuple[Scene, str]]
@@ -45,6 +45,25 @@ def concept_lesson(concept: str, style: str, noun: str, count: int = 8, seed: in
             x = {"center": 0.5, "left": 0.25, "right": 0.75}[place] * scene.side + rng.uniform(-2, 2)
             scene = replace(scene, items=(replace(scene.items[0], x=float(x)),))
         lesson.append((scene, caption(scene, rng, {concept: noun})))
+    return lesson
+
+
+def versatile_lesson(concept: str, style: str, noun: str, count: int = 8, looks: int = 4, seed: int = 0) -> Lesson:
+    """A :func:`concept_lesson` for a subject that shall take on looks: ``looks`` more scenes show it redrawn in looks that the
+    base knows, by itself and beside another in turn, and every second caption of the others leaves the style unnamed.
+
+    What was only ever seen as "a 3d render of a wug animal" is not drawn in a picture called anything else.
+    """
+    rng = np.random.default_rng([55, seed])
+    lesson = [
+        (scene, caption(scene, rng, {concept: noun}, style_phrase="picture") if index % 2 else text)
+        for index, (scene, text) in enumerate(concept_lesson(concept, style, noun, count, seed))
+    ]
+    others = rng.choice(list(splits().named_b), looks, replace=False)
+    for index, (look, other) in enumerate(zip(rng.permutation(list(SEEN))[:looks], others, strict=True)):
+        shown = ([concept], [concept, str(other)], [concept], [str(other), concept])[index % 4]
+        scene = sample_scene(rng, shown, BASE, [style], look=str(look))
+        lesson.append((scene, caption(scene, rng, {concept: noun}, style_phrase=SEEN[str(look)])))
     return lesson
 
 

@@ -1,4 +1,5 @@
-"""Training the LoRAs of the testbed: each from eight pictures of the art, as a user would, in about three minutes of one core.
+"""Training the LoRAs of the testbed: each from eight or twelve pictures of the art, as a user would, in about three minutes of
+one core.
 
     python -m tests.bench.compose train --loras outputs/testbed/loras --jobs 2
 
@@ -21,7 +22,7 @@ import numpy as np
 from studio.art.atlas import STYLES, splits
 from studio.art.backgrounds import BASE
 from studio.art.captions import caption, plain_noun
-from studio.art.lessons import Lesson, concept_lesson, look_lesson, write_lesson
+from studio.art.lessons import Lesson, look_lesson, versatile_lesson, write_lesson
 from studio.art.scenes import SIDE, sample_scene
 from studio.errors import RequestError
 from tests.bench.combinations import LORAS, STYLE, Role, Taught
@@ -30,15 +31,15 @@ PICTURES = 8
 ROLES: dict[Role, dict[str, Any]] = {
     # Shown on eight known subjects, it must learn what they have in common; held to the base, it would learn nothing.
     "accessory": {"steps": 300, "rank": 16, "targets": "all", "prior": "none"},
-    "background": {"targets": "all", "prior": "none"},
+    "background": {"steps": 400, "rank": 16, "targets": "all", "prior": "none"},
 }
 """What a role needs beside the trainer's defaults."""
 
 
 def lesson_of(taught: Taught) -> Lesson:
-    """Eight scenes and captions that teach one LoRA."""
+    """Scenes and captions that teach one LoRA: eight, and of things four more in looks that the base knows."""
     if taught.role in ("subject", "object"):
-        return concept_lesson(taught.content, STYLE, taught.phrase, PICTURES)
+        return versatile_lesson(taught.content, STYLE, taught.phrase, PICTURES)
     if taught.role == "look":
         return look_lesson(taught.content, taught.phrase, PICTURES)
     return accessory_lesson(taught) if taught.role == "accessory" else background_lesson(taught)

@@ -158,8 +158,9 @@ def teach(name: str, folder: str, base: str, steps: int, prior: str | None = Non
     """Train one held-out LoRA with the trainer's defaults; seconds."""
     taught = next(taught for taught in heldout() if taught.name == name)
     chosen = {key: value for key, value in {"steps": steps or None, "prior": prior}.items() if value is not None}
-    apart = alone and taught.role == "subject"
-    lesson = concept_lesson(taught.content, STYLE, taught.phrase, PICTURES, beside=False) if apart else None
+    lesson = None
+    if taught.role == "subject":
+        lesson = concept_lesson(taught.content, STYLE, taught.phrase, PICTURES, beside=not alone)
     return teach_one(taught, Path(folder), base, lesson, **chosen)
 
 

@@ -14,6 +14,7 @@ from compose.bank import Adapter, LoraBank
 from compose.cmlora import CMLoRA, CMLoRAOptions, Turn, refresh_steps, turns, weights
 from compose.composite import Composite
 from compose.run import Run, Step
+from compose.separate import BASE
 from compose.shallow import captured, skipping, usable_cut
 from studio.base import Base, load_base
 from studio.errors import RequestError
@@ -183,12 +184,16 @@ class Oracle(CMLoRA):
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
         turn = self.course[step.index]
         total: list[Tensor] = [torch.zeros_like(x), torch.zeros_like(x)]
-        for position, concept in enumerate(self.concepts):
+        count, amplify = len(self.concepts), self.options.amplify
+        shares = [amplify * w / count for w in weights(count, turn.dominant, turn.q)] + [1 - amplify]
+        for position, (concept, weight) in enumerate(zip((*self.concepts, BASE), shares, strict=True)):
             assert run.bank is not None
-            weight = weights(len(self.concepts), turn.dominant, turn.q)[position] / len(self.concepts)
-            run.bank.route = torch.eye(len(run.bank.adapters))[concept].view(1, 1, 1, 1, 1, -1)
+            route = torch.zeros(len(run.bank.adapters))
+            if concept != BASE:
+                route[concept] = 1
+            run.bank.route = route.view(1, 1, 1, 1, 1, -1)
             for half, text in enumerate((run.negative, run.positive)):
-                if position in turn.whole:
+                if position in turn.whole or (concept == BASE and turn.whole):
                     with captured(run.base.unet, 1) as found:
                         out = run.forward(x, step.timestep, text)
                     self.features[concept, half] = found[0]
@@ -203,7 +208,7 @@ class Oracle(CMLoRA):
         self.features: dict[tuple[int, int], Tensor] = {}
 
 
-@pytest.mark.parametrize("options", [{}, {"max_age": 2, "order": "reversed"}])
+@pytest.mark.parametrize("options", [{}, {"max_age": 2, "order": "reversed"}, {"amplify": 2}])
 def test_batched_and_chunked_forwards_equal_one_by_one(sample: Sample, three: list[Adapter], options: dict[str, Any]) -> None:
     told = {"high": "one,three", **options}
     expected = sample(Oracle.of(**told), three, seeds=[0, 5], steps=9)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compose import METHODS, method_named
 from compose.bank import Adapter, LoraBank
+from compose.cmlora import CMLoRA
 from compose.composite import Composite
 from compose.denoise import guide
 from compose.run import Method, Run, Step
@@ -65,11 +66,30 @@ def test_composite_is_the_mean_of_separate_forwards(base: Base, three: list[Adap
     torch.testing.assert_close(sample(Composite.of(gain="0.5"), stronger), sample(Composite(), weaker), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, 3.0])
+def test_an_amplified_mean_goes_on_from_the_base(base: Base, three: list[Adapter], sample: Sample, factor: float) -> None:
+    """At 3, for three LoRAs, it adds up what each changes; the base speaks without any of them, in its text encoder too."""
+    nothing = Adapter("nothing", three[0].lora, 0.0)
+    expected = sample(Alone(base, [*three, nothing], lambda step: [factor / 3] * 3 + [1 - factor]), seeds=[0, 7])
+    for chunk in (None, 1):
+        got = sample(Composite.of(chunk=chunk, amplify=factor), three, seeds=[0, 7])
+        torch.testing.assert_close(got, expected, atol=3e-4, rtol=1e-3)
+    cached = sample(CMLoRA.of(order="rotation", dominance=1, cache=False, amplify=factor), three, seeds=[0, 7])
+    torch.testing.assert_close(cached, expected, atol=3e-4, rtol=1e-3)
+    if factor == 0:
+        torch.testing.assert_close(expected, sample(None, seeds=[0, 7]), atol=1e-4, rtol=1e-4)
+
+
 def test_composite_makes_one_forward_per_chunk(base: Base, three: list[Adapter], sample: Sample) -> None:
     rows: list[int] = []
     handle = base.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     try:
-        for options, guidance, expected in (({}, 4.0, [6]), ({"chunk": 2}, 4.0, [4, 2]), ({"chunk": 1}, 1.0, [1, 1, 1])):
+        for options, guidance, expected in (
+            ({}, 4.0, [6]),
+            ({"chunk": 2}, 4.0, [4, 2]),
+            ({"amplify": 2, "chunk": 2}, 4.0, [4, 4]),
+            ({"chunk": 1}, 1.0, [1, 1, 1]),
+        ):
             rows.clear()
             sample(Composite.of(**options), three, steps=2, guidance=guidance)
             assert rows == expected * 2
