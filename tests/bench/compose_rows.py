@@ -62,7 +62,9 @@ PLACED: Options = {"prompt": "placed"}
 """What regions said before they said where the others are, and say on other bases than the embedded one."""
 MERGE_WEIGHTS: tuple[Options, ...] = tuple({"weight": weight} for weight in (0.4, 0.55, 0.7, 0.85, 1.0, "1/K"))
 WEIGHTS: tuple[Options, ...] = tuple({WEIGHT: weight} for weight in (1, 1.5, 2))
-"""For methods in which each LoRA acts for a part only."""
+"""For a method in which each LoRA acts for a part of the steps."""
+AMPLIFIED: tuple[Options, ...] = ({}, {"amplify": 1.5}, {"amplify": 2}, {"amplify": 3})
+"""For methods that take a mean of what each LoRA alone predicts."""
 FOUND: Options = {"masks": "winner", "threshold": 0.4}
 """CLoRA's masks where the maps of a small base overlap: each place to the subject that is loudest there."""
 STAYING: Options = {"masks": "alike", "threshold": 0.5, "find": 0.3}
@@ -79,10 +81,10 @@ _CMLORA = Row(
     "cmlora",
     "cmlora",
     candidates=(
-        *WEIGHTS,
-        {WEIGHT: 1.5, "dominance": 2},
-        {WEIGHT: 1.5, "dominance": 1},
-        {WEIGHT: 1.5, "dominance": 1, "max_age": 2},
+        *AMPLIFIED,
+        {"amplify": 2, "dominance": 2},
+        {"amplify": 2, "dominance": 1},
+        {"amplify": 2, "dominance": 1, "max_age": 2},
     ),
 )
 _CLORA = Row(
@@ -116,8 +118,8 @@ ROWS: dict[str, Row] = {
         Row("single", kinds=("single",)),
         Row("merge", candidates=MERGE_WEIGHTS),
         Row("switch", "switch", candidates=WEIGHTS),
-        Row("composite", "composite", candidates=WEIGHTS),
-        Row("composite-short", "composite", candidates=WEIGHTS, like="cmlora"),
+        Row("composite", "composite", candidates=AMPLIFIED),
+        Row("composite-short", "composite", candidates=AMPLIFIED, like="cmlora"),
         Row("composite-paper", "composite"),
         Row("cmlora-paper", "cmlora"),
         _CMLORA,
@@ -186,6 +188,7 @@ GROUPS = {"usual": USUAL, "parts": tuple(name for name, row in ROWS.items() if r
 """Names for several rows."""
 PAIRS = (
     ("cmlora", "composite"),
+    ("cmlora", "composite-paper"),
     ("cmlora", "switch"),
     ("cmlora", "composite-short"),
     ("clora", "attend"),
