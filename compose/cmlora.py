@@ -128,7 +128,7 @@ def turns(shares: Sequence[float], high: Sequence[int], low: Sequence[int], opti
 class CMLoRA(Mean):
     """Cached, dominance-weighted mean of what each LoRA alone predicts.
 
-    Attributes after a run: ``course``, and how many ``whole`` and ``shallow`` forwards of one LoRA were made.
+    Attributes after a run: ``course``, and how many ``whole`` and ``shallow`` forwards of one LoRA, or of none, were made.
     """
 
     takes: ClassVar[type[Options]] = CMLoRAOptions
@@ -178,7 +178,7 @@ class CMLoRA(Mean):
         count = len(self.concepts)
         shares = dict(zip(self.concepts, (w / count for w in weights(count, turn.dominant, turn.q)), strict=True))
         factors = self.amplified(shares)
-        # What the base alone says is taken away from all: it must not be older than the newest of them.
+        # The base's factor is the largest by far where the mean is amplified, so its feature is renewed with any other.
         due = {self.concepts[i] for i in turn.whole} | ({BASE} if turn.whole else set())
         whole = [k for k in self.passes if k in due or not self._usable(k, run, x)]
         rest = [k for k in self.passes if k not in whole]
@@ -223,6 +223,8 @@ class CMLoRA(Mean):
             f"The share of each LoRA in the mean: the dominant one has most. Marked: whole forwards ({self.whole} of "
             f"{self.whole + self.shallow}); the others reuse what the last whole one of that LoRA left."
         )
+        if BASE in self.passes:
+            text += f" The mean is amplified {self.options.amplify:g} times from the base alone, whose passes are counted too."
         known = {a.names[1]: stored(a, run.base) for a in adapters}
         lines = {
             f"{name}: {'high' if found.high else 'low'} ({found.score:+.4f})": found.curve

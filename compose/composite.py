@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compose.figures import Figure, Schedule
 from compose.run import Options, Run, Step
-from compose.separate import Mean, MeanOptions, at_once, chunks, weighted
+from compose.separate import BASE, Mean, MeanOptions, at_once, chunks, weighted
 from studio.requests import Finite
 
 
@@ -63,4 +63,7 @@ class Composite(Mean):
             return ()
         share = [1 / len(self.concepts)] * len(run.timesteps)
         rows = {run.bank.adapters[k].names[1]: share for k in self.concepts}
-        return [Schedule(title="Shares", text="Every LoRA predicts alone at each step; the mean counts.", rows=rows)]
+        text = "Every LoRA predicts alone at each step; the mean counts."
+        if BASE in self.passes:
+            text += f" It is amplified {self.options.amplify:g} times from what the base alone predicts."
+        return [Schedule(title="Shares", text=text, rows=rows)]

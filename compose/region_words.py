@@ -21,6 +21,7 @@ regions by their class words if their LoRAs tell any, as in "a 3d render, on the
 and at the top a bird"; "whole": the prompt.
 """
 SIDES = ("on the left", "on the right")
+"""The places that come first in a sentence, in this order."""
 HEAD = re.compile(r"(?!.*\b(?:on|in|at|to|by|with|and)\b)[\w-]+(?: [\w-]+){0,3}")
 """What a picture is, as in "a 3d render of": few words and no place."""
 APART = 0.1

@@ -46,7 +46,7 @@ class MeanOptions(SeparateOptions):
 
     Args:
         amplify: how far to go from the base alone towards the mean, and beyond it; the papers have 1. Any other number takes
-            a pass without LoRAs too. Two LoRAs need none; half their number suits more.
+            a pass without those LoRAs too.
         chunk: LoRAs that share a forward; 1 needs least memory. By default as many as fit the base's batch.
     """
 
@@ -138,7 +138,7 @@ class Mean(Separate):
 
 def weighted(outputs: Tensor, factors: Mapping[int, float], passes: Sequence[int]) -> Tensor:
     """The sum of ``outputs [P, n, c, h, w]`` of some ``passes``, each times its factor."""
-    return torch.einsum("p,p...->...", outputs.new_tensor([factors[k] for k in passes]), outputs)
+    return (outputs.new_tensor([factors[k] for k in passes]).view(-1, 1, 1, 1, 1) * outputs).sum(0)
 
 
 def known(wanted: Iterable[str], option: str, adapters: Sequence[Adapter]) -> None:

@@ -58,6 +58,7 @@ def _from_folder(pictures: Sequence[Picture], folder: Path, data: Path) -> list[
         if name in found or len(owners[name]) > 1:
             rivals = [found[name], file] if name in found else [picture.path for picture in owners[name]]
             raise FileError(f"'{rivals[0]}' and '{rivals[1].name}' share one name: a mask must belong to one picture")
+        open_mask(file)  # a torn one is refused before a base is loaded
         found[name] = file
     return [
         replace(picture, mask=mask, mask_digest=file_digest(mask))

@@ -17,7 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
@@ -114,17 +115,23 @@ class Scope:
 
 
 class Costs:
-    """Forwards per picture by row and K, counted on the first such combination, and kept in a file."""
+    """Forwards per picture by LoRAs, row and K, counted on the first such combination, and kept in a file."""
 
     def __init__(self, file: Path, means: Means) -> None:
         self.file, self.means = file, means
         self.known: dict[str, float] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
+    @cached_property
+    def loras(self) -> str:
+        """Which LoRAs these are: larger ones cost more."""
+        return sha256(json.dumps(self.means.loras, sort_keys=True).encode()).hexdigest()[:12]
+
     def of(self, row: Row, case: Case, request: GenerateRequest) -> float:
         if row.source == "truth":
             return 0.0
         count = len(case.loras) if row.source == "method" else 0
-        key = f"{row.method} {sorted(row.options.items())} K={count} boxes={row.boxes and len(case.boxes)} {request.steps}"
+        what = f"{row.method} {sorted(row.options.items())} K={count} boxes={row.boxes and len(case.boxes)} {request.steps}"
+        key = f"{self.loras} {what}" if count else what
         if key not in self.known:
             self.known[key] = equivalents(self.means.count, request)
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -139,11 +146,13 @@ class Bench:
         self.means, self.scope, self.say = means, scope, say
         self.store = Store(out)
         self.costs = Costs(out / "costs.json", means)
+        self.best: dict[tuple[str, str], Options | None] = {}
 
     def wish(self, row: Row, case: Case, seed: int) -> Wish:
         request = request_of(row, case, self.means.base, seed, self.means.steps)
         if row.like:
-            other = ROWS[row.like]
+            like = ROWS[row.like]
+            other = replace(like, options={**like.options, **(self.best.get((case.kind, like.name)) or {})})
             same = request_of(other, case, self.means.base, seed, self.means.steps)
             mine, theirs = self.costs.of(replace(row, like=""), case, request), self.costs.of(other, case, same)
             request = request.with_(steps=short_steps(self.means.steps, mine, theirs))
@@ -189,6 +198,14 @@ class Bench:
         )
         return record, drawn.image
 
+    def choose(self, row: Row, kind: str, make: bool) -> Options | None:
+        """As :meth:`chosen`, once for each kind; the row whose time this one gets is settled before it."""
+        if row.like:
+            self.choose(ROWS[row.like], kind, make)
+        if (kind, row.name) not in self.best:
+            self.best[kind, row.name] = self.chosen(row, kind, make) if row.candidates else {}
+        return self.best[kind, row.name]
+
     def chosen(self, row: Row, kind: str, make: bool) -> Options | None:
         """The best candidate on the development half; None where its pictures are not there."""
         rates: list[tuple[float, float]] = []
@@ -215,23 +232,20 @@ class Bench:
         for kind in self.scope.kinds:
             rows = [row for row in self.scope.rows if kind in row.kinds]
             settled: list[Row] = []
-            best: dict[str, Options | None] = {}
+            told: dict[str, str] = {}
             for row in rows:
                 whole = ROWS[row.part_of] if row.part_of else row
-                if whole.name not in best:
-                    best[whole.name] = self.chosen(whole, kind, make) if whole.candidates else {}
-                options = best[whole.name]
+                options = self.choose(whole, kind, make)
                 if options is None:
                     continue
+                if whole.candidates:
+                    told[whole.name] = whole.at(options).name
                 chosen = replace(whole, options={**whole.options, **options})
                 own = replace(row, options={**chosen.options, **row.options})
                 if not row.part_of or differs(own, chosen):
                     settled.append(own)
-            told = [
-                ROWS[name].at(options).name for name, options in best.items() if options is not None and ROWS[name].candidates
-            ]
             if told:
-                choices[kind] = "; ".join(told)
+                choices[kind] = "; ".join(told.values())
             wishes = list(self.wishes(settled, "report", kind))
             if make:
                 self.say(f"{kind}: {len(wishes)} pictures")

@@ -1,9 +1,10 @@
-"""Training the LoRAs of the testbed: each from eight or twelve pictures of the art, as a user would, in about three minutes of
+"""Training the LoRAs of the testbed: each from eight or twelve pictures of the art, as a user would, in about four minutes of
 one core.
 
     python -m tests.bench.compose train --loras outputs/testbed/loras --jobs 2
 
-A file trained on the present base is left alone; one trained on another base is trained anew.
+A file trained on the present base is left alone, whatever it was taught from; one trained on another base is trained anew.
+After a change of lessons or of the trainer's defaults, give a new folder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ PICTURES = 8
 ROLES: dict[Role, dict[str, Any]] = {
     # Shown on eight known subjects, it must learn what they have in common; held to the base, it would learn nothing.
     "accessory": {"steps": 300, "rank": 16, "targets": "all", "prior": "none"},
+    # It fills the picture, so that little capacity and time are enough for it.
     "background": {"steps": 400, "rank": 16, "targets": "all", "prior": "none"},
 }
 """What a role needs beside the trainer's defaults."""

@@ -62,7 +62,7 @@ def report(
     kinds = [kind for kind in TITLES if found.get(kind)]
     shown = len({record.case for kind in kinds for records in found[kind].values() for record in records})
     chosen = "".join(f"; {kind}: {text}" for kind, text in choices.items())
-    lines = [INTRO.format(taught=8, shown=shown, pictures=pictures, chosen=chosen, base=base[:12], tau=TAU)]
+    lines = [INTRO.format(taught="8 or 12", shown=shown, pictures=pictures, chosen=chosen, base=base[:12], tau=TAU)]
     for kind in kinds:
         every_row = found[kind]
         rows = {name: records for name, records in every_row.items() if not ROWS[name].part_of}

@@ -96,7 +96,7 @@ def test_lessons_show_what_they_teach() -> None:
     words = {"hat": "wearing a zib hat", "sand": "hesp background", "neon": "nevi picture", "rose": "dax flower"}
     for name, word in words.items():
         lesson = lesson_of(LORAS[name])
-        assert len(lesson) == 8
+        assert len(lesson) == (12 if name == "rose" else 8)
         assert all(word in text for _, text in lesson), name
     hats = lesson_of(LORAS["hat"])
     assert all(scene.items[0].accessory == "hat" for scene, _ in hats)

@@ -193,9 +193,11 @@ def test_a_row_with_the_time_of_another_takes_fewer_steps(tmp_path: Path) -> Non
     bench = Bench(fakes.means(), SMALL, tmp_path, quiet)
     case = cases("report", "subjects")[0]
     costs = {"composite": 60.0, "cmlora": 27.0}
-    bench.costs.of = lambda row, case, request: costs[row.method]  # type: ignore[method-assign]
+    bench.costs.of = lambda row, case, request: costs[row.method] * row.options.get("amplify", 1)  # type: ignore[method-assign]
     wish: Wish = bench.wish(ROWS["composite-short"], case, case.seed)
     assert wish.request.steps == 9
+    bench.best[case.kind, "cmlora"] = {"amplify": 2}  # what was chosen for that row decides
+    assert bench.wish(ROWS["composite-short"], case, case.seed).request.steps == 18
     assert bench.wish(ROWS["composite"], case, case.seed).request.steps == 20
 
 

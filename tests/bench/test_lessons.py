@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from studio.art.atlas import splits
-from studio.art.lessons import look_lesson
+from studio.art.lessons import concept_lesson, look_lesson
 from studio.art.scenes import render
 from studio.base import load_base
 from tests.bench import lessons
-from tests.bench.combinations import LORAS
-from tests.bench.compose_loras import PICTURES, lesson_of
+from tests.bench.combinations import LORAS, STYLE
+from tests.bench.compose_loras import PICTURES
 from tests.bench.judge import Judge
 from tests.bench.lessons import Question, answers, heldout, questions, shipped, table
 from tests.bench.templates import build_bank, make_keys
@@ -43,9 +43,10 @@ def test_questions_are_none_of_the_lessons() -> None:
     assert Counter(question.kind for question in asked) == {"alone": 20, "beside": 10, "among": 10, "kept": 10}
     assert [q.prompt for q in questions(subject)] == [q.prompt for q in asked]
     assert all((subject.trigger in question.prompt) is (question.kind != "kept") for question in asked)
-    taught = {item for scene, _ in lesson_of(subject) for item in scene.items}
+    lesson = concept_lesson(subject.content, STYLE, subject.phrase, PICTURES)
+    taught = {item for scene, _ in lesson for item in scene.items}
     assert not taught & {item for question in asked for item in question.scene.items}
-    beside = {item.concept for scene, _ in lesson_of(subject) for item in scene.items} - {subject.content}
+    beside = {item.concept for scene, _ in lesson for item in scene.items} - {subject.content}
     assert beside and not beside & {item.concept for question in asked for item in question.scene.items}
     learnt = {item.concept for scene, _ in look_lesson(look.content, look.phrase, PICTURES) for item in scene.items}
     styled = [question for question in questions(look) if question.kind == "look"]

@@ -217,8 +217,8 @@ def test_batched_and_chunked_forwards_equal_one_by_one(sample: Sample, three: li
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 20])
-def test_forwards_are_counted(base: Base, sample: Sample, three: list[Adapter], steps: int) -> None:
+@pytest.mark.parametrize(("steps", "amplify"), [(1, 1), (4, 1), (20, 1), (20, 2)])
+def test_forwards_are_counted(base: Base, sample: Sample, three: list[Adapter], steps: int, amplify: float) -> None:
     """By the rows that the deepest and the outermost layers really see, not by what the method says of itself."""
     deep: list[int] = []
     outer: list[int] = []
@@ -226,16 +226,17 @@ def test_forwards_are_counted(base: Base, sample: Sample, three: list[Adapter], 
         base.unet.mid_block.resnets[0].register_forward_hook(lambda module, args, out: deep.append(len(out))),
         base.unet.conv_out.register_forward_hook(lambda module, args, out: outer.append(len(out))),
     ]
-    method = CMLoRA.of(high="one,three")
+    method = CMLoRA.of(high="one,three", amplify=amplify)
     try:
         sample(method, three, steps=steps)
     finally:
         for hook in hooks:
             hook.remove()
-    expected = 3 + len(refresh_steps(steps)) - 1
+    passes = 3 if amplify == 1 else 4
+    expected = 3 + len(refresh_steps(steps)) - 1 + (passes - 3) * len(refresh_steps(steps))
     assert sum(deep) == 2 * expected
-    assert sum(outer) == 2 * 3 * steps
-    assert (method.whole, method.shallow) == (expected, 3 * steps - expected)
+    assert sum(outer) == 2 * passes * steps
+    assert (method.whole, method.shallow) == (expected, passes * steps - expected)
     assert len(outer) <= 2 * steps
 
 

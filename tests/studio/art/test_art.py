@@ -11,7 +11,7 @@ import pytest
 from studio.art import backgrounds, clips, looks
 from studio.art.atlas import ACCESSORIES, CELL, STYLES, concepts, splits, sprite
 from studio.art.captions import caption
-from studio.art.lessons import concept_lesson, look_lesson, write_lesson
+from studio.art.lessons import concept_lesson, look_lesson, versatile_lesson, write_lesson
 from studio.art.scenes import Placement, Scene, draw, mirrored, place_of, render, sample_scene, wear
 from studio.errors import UnknownNameError
 
@@ -177,6 +177,15 @@ def test_lessons_name_the_new_thing_and_show_nothing_else_new(tmp_path: Path) ->
     assert len({*others}) == 8 and {*others} <= {*splits().named_b}
     assert all(len(scene.items) == 1 for scene, _ in concept_lesson("zebra", "flat", "wug animal", 8, beside=False))
     assert all(scene.background in backgrounds.BASE for scene, _ in lesson)
+    versatile = versatile_lesson("zebra", "flat", "wug animal", 8, looks=4)
+    assert all("wug animal" in text and "zebra" not in text for _, text in versatile)
+    assert [scene for scene, _ in versatile[:8]] == [scene for scene, _ in lesson]
+    assert [" picture" in text for _, text in versatile[:8]] == [False, True] * 4
+    assert len({scene.look for scene, _ in versatile[8:]}) == 4
+    assert all(looks.SEEN[scene.look or ""] in text for scene, text in versatile[8:])
+    assert [[item.concept == "zebra" for item in scene.items] for scene, _ in versatile[8:]] == [
+        [True], [True, False], [True], [False, True]
+    ]  # fmt: skip
     for look in looks.PHRASES:
         drawn = look_lesson(look, "blick picture", 6)
         assert all("blick picture" in text for _, text in drawn)
