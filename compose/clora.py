@@ -149,7 +149,7 @@ class CLoRA(Separate):
         if bank is None:
             return
         if len(self.concepts) < 2:
-            bank.route = self.only(run, self.concepts[0] if self.concepts else None)
+            bank.route = self.only(run, self.concepts[0] if self.concepts else BASE)
             return
         if run.wording is None:
             raise RequestError(
@@ -167,7 +167,7 @@ class CLoRA(Separate):
             half = SecondHalf(self.options.find, len(run.timesteps))
             run.probe(Finder(self.options.model_copy(update={"find": 0.0}), half), half.steps)
             self.found = half.seen
-        bank.route = self.only(run, None)
+        bank.route = self.only(run, BASE)
 
     def is_always(self, adapter: Adapter) -> bool:
         return adapter.lora.is_style or super().is_always(adapter)

@@ -41,7 +41,7 @@ class Composite(Mean):
     takes: ClassVar[type[Options]] = CompositeOptions
     options: CompositeOptions
 
-    def weights(self, run: Run, concept: int | None) -> list[float]:
+    def weights(self, run: Run, concept: int) -> list[float]:
         plain = super().weights(run, concept)
         return [w * self.options.gain if k == concept else w for k, w in enumerate(plain)]
 

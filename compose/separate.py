@@ -103,20 +103,20 @@ class Separate(Method):
                     self.prompts[concept] = run.encode()
             else:
                 self.prompts[concept] = (run.negative, run.positive)
-        bank.route = self.only(run, None)
+        bank.route = self.only(run, BASE)
 
-    def weights(self, run: Run, concept: int | None) -> list[float]:
-        """One number per LoRA: 1 for ``concept`` and for those that always act."""
+    def weights(self, run: Run, concept: int) -> list[float]:
+        """One number per LoRA: 1 for ``concept``, if it is one, and for those that always act."""
         count = len(run.bank.adapters) if run.bank is not None else 0
         return [1.0 if k == concept or k in self.always else 0.0 for k in range(count)]
 
-    def only(self, run: Run, concept: int | None) -> Route:
+    def only(self, run: Run, concept: int) -> Route:
         """The route that lets one concept act, with those that always do."""
         return constant(self.weights(run, concept))
 
-    def each(self, run: Run, x: Tensor, timestep: Tensor, concepts: Sequence[int]) -> tuple[Tensor | None, Tensor]:
-        """What each of ``concepts`` alone predicts, in one batched forward: ``(uncond or None, cond)``, ``[K, n, c, h, w]``."""
-        return side_by_side(run, x, timestep, [(self.weights(run, k), self.prompts[k]) for k in concepts])
+    def each(self, run: Run, x: Tensor, timestep: Tensor, passes: Sequence[int]) -> tuple[Tensor | None, Tensor]:
+        """What each of ``passes`` predicts, in one batched forward: ``(uncond or None, cond)``, ``[K, n, c, h, w]``."""
+        return side_by_side(run, x, timestep, [(self.weights(run, k), self.prompts[k]) for k in passes])
 
 
 class Mean(Separate):
@@ -175,11 +175,11 @@ def side_by_side(
     return (out[:, 0] if run.guided else None), out[:, -1]
 
 
-def chunks(concepts: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Runs of at most ``size`` concepts."""
-    return [concepts[start : start + size] for start in range(0, len(concepts), size)]
+def chunks(passes: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Runs of at most ``size`` passes."""
+    return [passes[start : start + size] for start in range(0, len(passes), size)]
 
 
 def at_once(run: Run, wanted: int | None) -> int:
-    """How many concepts share a forward: as many as told, else as fit the rows the family denoises side by side; at least 1."""
+    """How many passes share a forward: as many as told, else as fit the rows the family denoises side by side; at least 1."""
     return wanted or max(1, run.base.family.batch // len(run.latents))
