@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, product
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from studio.art.scenes import SIDE, Box, Placement, Scene, draw
 from studio.prompts import article
 from tests.bench.compose_layouts import Layout, boxes_of, level
 
-Role = Literal["subject", "accessory", "object", "look", "background"]
+Role = Literal["subject", "object", "accessory", "look", "background"]
+ROLES: tuple[Role, ...] = get_args(Role)
 Kind = Literal["subjects", "others"]
 Half = Literal["development", "report"]
 

@@ -29,7 +29,7 @@ from studio.errors import RequestError
 from tests.bench.combinations import LORAS, STYLE, Role, Taught
 
 PICTURES = 8
-ROLES: dict[Role, dict[str, Any]] = {
+NEEDS: dict[Role, dict[str, Any]] = {
     # Shown on eight known subjects, it must learn what they have in common; held to the base, it would learn nothing.
     "accessory": {"steps": 300, "rank": 16, "targets": "all", "prior": "none"},
     # It fills the picture, so that little capacity and time are enough for it.
@@ -133,7 +133,7 @@ def teach_one(taught: Taught, folder: Path, base: str, lesson: Lesson | None = N
 def teach(name: str, folder: str, base: str, steps: int) -> float:
     """Train one LoRA of the testbed; seconds. ``steps`` 0: what its role needs."""
     taught = LORAS[name]
-    chosen = ROLES.get(taught.role, {}) | ({"steps": steps} if steps else {})
+    chosen = NEEDS.get(taught.role, {}) | ({"steps": steps} if steps else {})
     return teach_one(taught, Path(folder), base, **chosen)
 
 

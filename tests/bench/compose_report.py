@@ -65,11 +65,11 @@ def report(
     lines = [INTRO.format(taught="8 or 12", shown=shown, pictures=pictures, chosen=chosen, base=base[:12], tau=TAU)]
     for kind in kinds:
         every_row = found[kind]
-        rows = {name: records for name, records in every_row.items() if not ROWS[name].part_of}
+        rows = {name: records for name, records in every_row.items() if not (ROWS[name].part_of or ROWS[name].lone)}
         lines += [f"### {TITLES[kind]}", "", *main_table(rows, every, rates), *pair_table(rows), *gap_table(rows, every, rates)]
         lines += parts_table(every_row)
         lines += group_table(kind, rows, every, "present") + group_table(kind, rows, every, "fails")
-        lines += place_table(rows) if kind == "subjects" else role_table(rows)
+        lines += place_table(rows) if kind == "subjects" else role_table(rows, every_row)
         met = {record.case for records in rows.values() for record in records}
         first = [case for case in every.values() if case.id in met][:8]
         title = "the first combinations, unselected, first seed"

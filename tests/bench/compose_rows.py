@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from studio.errors import UnknownNameError
 from studio.requests import GenerateRequest, LoraRef
-from tests.bench.combinations import Case, prompt_of, stand_ins
+from tests.bench.combinations import ROLES, Case, Role, prompt_of, stand_ins
 
 Source = Literal["method", "base", "known", "truth"]
 Options = Mapping[str, Any]
@@ -34,6 +34,8 @@ class Row:
         like: the row whose computing time this one gets, by taking fewer steps.
         part_of: the row that this one is but for its options, which are laid over those chosen for it. Such a row shows what
             a part of a method is worth, and stands in a table of its own.
+        lone: only the LoRA of this role acts, on the prompt of the whole combination: what a method could keep of it at best.
+            Such rows make up one line of the table of roles.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Row:
     candidates: tuple[Options, ...] = ()
     like: str = ""
     part_of: str = ""
+    lone: Role | None = None
 
     def at(self, options: Options) -> Row:
         """This row with one of its candidates, under a name of its own."""
@@ -164,6 +167,7 @@ ROWS: dict[str, Row] = {
         ),
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,
+        *(Row(f"lone-{role}", kinds=("others",), lone=role) for role in ROLES),
         _part("cmlora-reversed", _CMLORA, order="reversed"),
         _part("cmlora-random", _CMLORA, order="random"),
         _part("cmlora-rotation", _CMLORA, order="rotation"),
@@ -222,13 +226,18 @@ def request_of(row: Row, case: Case, base: str, seed: int, steps: int | None = N
     return GenerateRequest.of(
         prompt=prompt_of(case, known),
         base=base,
-        loras=tuple(LoraRef.of(name=name, weight=weight) for name in case.loras) if named else (),
+        loras=tuple(LoraRef.of(name=taught.name, weight=weight) for taught in case.of(*acting(row))) if named else (),
         method=row.method,
         options=options,
         seed=seed,
         steps=steps,
         **({"regions": regions_of(case, grow)} if row.boxes and named else {}),
     )
+
+
+def acting(row: Row) -> tuple[Role, ...]:
+    """The roles whose LoRAs act."""
+    return ROLES if row.lone is None else (row.lone,)
 
 
 def regions_of(case: Case, grow: float = 0) -> tuple[str, ...]:
@@ -245,7 +254,7 @@ def things_of(row: Row, case: Case) -> tuple[str, ...]:
 
 def fits(row: Row, case: Case) -> bool:
     """Whether a row is made on a combination. A merge of one LoRA is that LoRA; singles have a row of their own."""
-    return case.kind in row.kinds
+    return case.kind in row.kinds and bool(case.of(*acting(row)))
 
 
 def differs(row: Row, other: Row) -> bool:

@@ -10,7 +10,7 @@ from statistics import fmean, median
 import numpy as np
 from PIL import Image
 
-from tests.bench.combinations import LORAS, Case, Role, slot_of
+from tests.bench.combinations import LORAS, ROLES, Case, Role, slot_of
 from tests.bench.compose_layouts import touching
 from tests.bench.compose_rows import PAIRS, REFERENCE, ROWS
 from tests.bench.compose_store import Record, Store
@@ -156,18 +156,17 @@ def group_table(kind: str, rows: Rows, cases: Mapping[str, Case], value: str) ->
     return table([f"{value}, %", *(name for name, _ in parts)], lines)
 
 
-def role_table(rows: Rows) -> list[str]:
-    """Present by what the LoRA is."""
-    roles = [role for role in ("subject", "object", "accessory", "look", "background") if _of_role(rows, role)]
-    lines = []
-    for name, records in rows.items():
-        kinds = {role: [s.words == "present" for r in records for s in r.seen if LORAS[s.lora].role == role] for role in roles}
-        lines.append([name, *(short(rate(kinds[role])) for role in roles)])
-    return table(["present, %", *roles], lines)
+def role_table(rows: Rows, every: Rows) -> list[str]:
+    """Present by what the LoRA is; and, of ``every`` row, what each LoRA does alone on the prompt of the whole combination."""
 
+    def told(records: Sequence[Record], role: Role) -> str:
+        return short(rate([s.words == "present" for r in records for s in r.seen if LORAS[s.lora].role == role]))
 
-def _of_role(rows: Rows, role: str) -> bool:
-    return any(LORAS[s.lora].role == role for records in rows.values() for r in records for s in r.seen)
+    lines = [[name, *(told(records, role) for role in ROLES)] for name, records in rows.items()]
+    lone = [told(every.get(f"lone-{role}", ()), role) for role in ROLES]
+    if any(lone):
+        lines.append(["*each alone, same prompt*", *lone])
+    return table(["present, %", *ROLES], lines)
 
 
 def place_table(rows: Rows) -> list[str]:

@@ -29,12 +29,13 @@ from tests.bench.compose_rows import (
     counted,
     differs,
     equivalents,
+    fits,
     request_of,
     rows_named,
     short_steps,
 )
 from tests.bench.compose_store import Record, Store, read
-from tests.bench.compose_table import ceiling, cell, gap_closed, paired, points, single_rates, worst
+from tests.bench.compose_table import ceiling, cell, gap_closed, paired, points, role_table, single_rates, worst
 from tests.bench.page import replace_section
 from tests.bench.statistics import Difference, Rate, rate
 
@@ -53,6 +54,27 @@ def test_requests_of_rows() -> None:
     assert not any(LORAS[name].trigger in known.prompt for name in case.loras)
     with pytest.raises(UnknownNameError, match="compsite"):
         rows_named(["compsite"])
+
+
+def test_a_lone_row_lets_one_lora_act_on_the_whole_prompt() -> None:
+    row = ROWS["lone-accessory"]
+    with_it, without = (
+        next(c for c in cases("report", "others") if bool(c.of("accessory")) is there) for there in (True, False)
+    )
+    told = request_of(row, with_it, "embedded", 7)
+    assert [LORAS[ref.name].role for ref in told.loras] == ["accessory"]
+    assert told.prompt == request_of(ROWS["merge"], with_it, "embedded", 7).prompt
+    assert fits(row, with_it) and not fits(row, without)
+    assert not fits(row, cases("report", "subjects")[0])
+    verdicts = tuple(Seen(name, "present", "present", "present", "") for name in with_it.loras)
+    lost = tuple(replace(each, words="vanished") for each in verdicts)
+    rows = {
+        name: [Record(name, name, with_it.id, "others", "report", len(seen), 1, 1.0, 2.0, seen)]
+        for name, seen in (("merge", lost), ("lone-accessory", verdicts))
+    }
+    *_, kept, alone, _ = role_table({"merge": rows["merge"]}, rows)
+    assert kept.count("| 0.0 [") == len({LORAS[name].role for name in with_it.loras})
+    assert alone.startswith("| *each alone, same prompt* |") and alone.count("| 100.0 [") == 1
 
 
 def test_boxes_reach_the_request() -> None:
