@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -30,7 +31,7 @@ from compose.figures import Curves, Figure, Schedule
 from compose.options import Count, Share, Strength, names, numbers
 from compose.profile import profiled, stored
 from compose.run import Options, Run, Step
-from compose.separate import BASE, Mean, MeanOptions, at_once, chunks, known, weighted
+from compose.separate import BASE, Mean, MeanOptions, known
 from compose.shallow import captured, skipping, usable_cut
 from studio.requests import Finite
 
@@ -177,20 +178,13 @@ class CMLoRA(Mean):
         turn = self.course[step.index]
         count = len(self.concepts)
         shares = dict(zip(self.concepts, (w / count for w in weights(count, turn.dominant, turn.q)), strict=True))
-        factors = self.amplified(shares)
-        # The base's factor is the largest by far where the mean is amplified, so its feature is renewed with any other.
+        # What every LoRA changes is measured from the base, so its feature is renewed with any other.
         due = {self.concepts[i] for i in turn.whole} | ({BASE} if turn.whole else set())
         whole = [k for k in self.passes if k in due or not self._usable(k, run, x)]
         rest = [k for k in self.passes if k not in whole]
-        uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
-        size = at_once(run, self.options.chunk)
-        for some, deep in [(c, True) for c in chunks(whole, size)] + [(c, False) for c in chunks(rest, size)]:
-            run.check_cancelled()
-            u, v = self._whole(run, step, x, some) if deep else self._shallow(run, step, x, some)
-            cond += weighted(v, factors, some)
-            if u is not None:
-                uncond += weighted(u, factors, some)
-        return (uncond if run.guided else None), cond
+        return self.mean(
+            run, x, shares, [(whole, partial(self._whole, run, step, x)), (rest, partial(self._shallow, run, step, x))]
+        )
 
     def _usable(self, concept: int, run: Run, x: Tensor) -> bool:
         """Whether a feature is kept that fits the present batch."""
@@ -221,10 +215,10 @@ class CMLoRA(Mean):
         marks = {(adapters[i].names[1], index) for index, turn in enumerate(self.course) for i in turn.whole}
         text = (
             f"The share of each LoRA in the mean: the dominant one has most. Marked: whole forwards ({self.whole} of "
-            f"{self.whole + self.shallow}); the others reuse what the last whole one of that LoRA left."
+            f"{self.whole + self.shallow}); the others reuse what the last whole one of that LoRA left.{self.told}"
         )
         if BASE in self.passes:
-            text += f" The mean is amplified {self.options.amplify:g} times from the base alone, whose passes are counted too."
+            text += " Its passes are counted too."
         known = {a.names[1]: stored(a, run.base) for a in adapters}
         lines = {
             f"{name}: {'high' if found.high else 'low'} ({found.score:+.4f})": found.curve

@@ -14,14 +14,14 @@ What is different here:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from compose.figures import Figure, Schedule
 from compose.run import Options, Run, Step
-from compose.separate import BASE, Mean, MeanOptions, at_once, chunks, weighted
+from compose.separate import Mean, MeanOptions
 from studio.requests import Finite
 
 
@@ -48,22 +48,13 @@ class Composite(Mean):
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
         if not self.concepts:
             return run.forward_guided(x, step.timestep)
-        factors = self.amplified(dict.fromkeys(self.concepts, 1 / len(self.concepts)))
-        uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
-        for some in chunks(self.passes, at_once(run, self.options.chunk)):
-            run.check_cancelled()
-            u, v = self.each(run, x, step.timestep, some)
-            cond += weighted(v, factors, some)
-            if u is not None:
-                uncond += weighted(u, factors, some)
-        return (uncond if run.guided else None), cond
+        shares = dict.fromkeys(self.concepts, 1 / len(self.concepts))
+        return self.mean(run, x, shares, [(self.passes, partial(self.each, run, x, step.timestep))])
 
     def explain(self, run: Run) -> Sequence[Figure]:
         if run.bank is None or not self.concepts:
             return ()
         share = [1 / len(self.concepts)] * len(run.timesteps)
         rows = {run.bank.adapters[k].names[1]: share for k in self.concepts}
-        text = "Every LoRA predicts alone at each step; the mean counts."
-        if BASE in self.passes:
-            text += f" It is amplified {self.options.amplify:g} times from what the base alone predicts."
+        text = f"Every LoRA predicts alone at each step; the mean counts.{self.told}"
         return [Schedule(title="Shares", text=text, rows=rows)]

@@ -10,7 +10,7 @@ Composite and CMLoRA are means of what each LoRA alone predicts, ``e = sum_k s_k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -27,6 +27,10 @@ from studio.errors import RequestError
 
 BASE = -1
 """The pass in which no concept acts, among the indices of LoRAs."""
+
+
+Predict = Callable[[Sequence[int]], tuple[Tensor | None, Tensor]]
+"""What some passes predict, side by side: ``(uncond or None, cond)``, ``[P, n, c, h, w]`` each."""
 
 
 class SeparateOptions(Options):
@@ -130,15 +134,33 @@ class Mean(Separate):
         """Every concept, and the base where the mean is amplified."""
         return (*self.concepts, BASE) if self.options.amplify != 1 and self.concepts else self.concepts
 
-    def amplified(self, shares: Mapping[int, float]) -> dict[int, float]:
-        """``shares`` of the concepts, which sum to 1, as factors of all passes; these sum to 1, too."""
-        factor = self.options.amplify
-        return {k: factor * share for k, share in shares.items()} | ({BASE: 1 - factor} if BASE in self.passes else {})
+    def mean(
+        self, run: Run, x: Tensor, shares: Mapping[int, float], parts: Sequence[tuple[Sequence[int], Predict]]
+    ) -> tuple[Tensor | None, Tensor]:
+        """The amplified mean over all passes, a chunk at a time: ``(uncond or None, cond)``, ``[n, c, h, w]`` each.
 
+        Args:
+            shares: of the concepts; they sum to 1. parts: all passes, with what predicts them.
+        """
+        amplify = self.options.amplify
+        factors = {k: amplify * share for k, share in shares.items()} | {BASE: 1 - amplify}
+        uncond, cond = torch.zeros_like(x), torch.zeros_like(x)
+        for passes, predict in parts:
+            for some in chunks(passes, at_once(run, self.options.chunk)):
+                run.check_cancelled()
+                u, v = predict(some)
+                w = x.new_tensor([factors[k] for k in some]).view(-1, 1, 1, 1, 1)
+                cond += (w * v).sum(0)
+                if u is not None:
+                    uncond += (w * u).sum(0)
+        return (uncond if run.guided else None), cond
 
-def weighted(outputs: Tensor, factors: Mapping[int, float], passes: Sequence[int]) -> Tensor:
-    """The sum of ``outputs [P, n, c, h, w]`` of some ``passes``, each times its factor."""
-    return (outputs.new_tensor([factors[k] for k in passes]).view(-1, 1, 1, 1, 1) * outputs).sum(0)
+    @property
+    def told(self) -> str:
+        """What figures add where the mean is amplified."""
+        if BASE not in self.passes:
+            return ""
+        return f" The mean is amplified {self.options.amplify:g} times from what the base alone predicts."
 
 
 def known(wanted: Iterable[str], option: str, adapters: Sequence[Adapter]) -> None:

@@ -129,7 +129,7 @@ class Costs:
     def of(self, row: Row, case: Case, request: GenerateRequest) -> float:
         if row.source == "truth":
             return 0.0
-        count = len(case.loras) if row.source == "method" else 0
+        count = len(request.loras)
         what = f"{row.method} {sorted(row.options.items())} K={count} boxes={row.boxes and len(case.boxes)} {request.steps}"
         key = f"{self.loras} {what}" if count else what
         if key not in self.known:
@@ -151,8 +151,7 @@ class Bench:
     def wish(self, row: Row, case: Case, seed: int) -> Wish:
         request = request_of(row, case, self.means.base, seed, self.means.steps)
         if row.like:
-            like = ROWS[row.like]
-            other = replace(like, options={**like.options, **(self.best.get((case.kind, like.name)) or {})})
+            other = self.settled(ROWS[row.like], case.kind)
             same = request_of(other, case, self.means.base, seed, self.means.steps)
             mine, theirs = self.costs.of(replace(row, like=""), case, request), self.costs.of(other, case, same)
             request = request.with_(steps=short_steps(self.means.steps, mine, theirs))
@@ -206,6 +205,10 @@ class Bench:
             self.best[kind, row.name] = self.chosen(row, kind, make) if row.candidates else {}
         return self.best[kind, row.name]
 
+    def settled(self, row: Row, kind: str) -> Row:
+        """``row`` at what was chosen for it, if anything was."""
+        return replace(row, options={**row.options, **(self.best.get((kind, row.name)) or {})})
+
     def chosen(self, row: Row, kind: str, make: bool) -> Options | None:
         """The best candidate on the development half; None where its pictures are not there."""
         rates: list[tuple[float, float]] = []
@@ -240,7 +243,7 @@ class Bench:
                     continue
                 if whole.candidates:
                     told[whole.name] = whole.at(options).name
-                chosen = replace(whole, options={**whole.options, **options})
+                chosen = self.settled(whole, kind)
                 own = replace(row, options={**chosen.options, **row.options})
                 if not row.part_of or differs(own, chosen):
                     settled.append(own)

@@ -33,7 +33,7 @@ INTRO = """## Several LoRAs in one picture
 
     make bench-compose
 
-22 LoRAs of things the base never saw, each taught from {taught} pictures, in 120 fixed combinations. The tables are of the
+22 LoRAs of things the base never saw, each taught from 8 or 12 pictures, in 120 fixed combinations. The tables are of the
 report half ({shown} combinations, {pictures} seeds each); constants were chosen on the other half, one seed each{chosen}.
 Base `{base}`, tau {tau:g}.
 Rates are per requested LoRA, but for *pictures that fail* (any LoRA not present), with 95 % Wilson intervals; differences are
@@ -62,7 +62,7 @@ def report(
     kinds = [kind for kind in TITLES if found.get(kind)]
     shown = len({record.case for kind in kinds for records in found[kind].values() for record in records})
     chosen = "".join(f"; {kind}: {text}" for kind, text in choices.items())
-    lines = [INTRO.format(taught="8 or 12", shown=shown, pictures=pictures, chosen=chosen, base=base[:12], tau=TAU)]
+    lines = [INTRO.format(shown=shown, pictures=pictures, chosen=chosen, base=base[:12], tau=TAU)]
     for kind in kinds:
         every_row = found[kind]
         rows = {name: records for name, records in every_row.items() if not (ROWS[name].part_of or ROWS[name].lone)}
