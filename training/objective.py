@@ -49,31 +49,36 @@ class Objective(nn.Module):
             prior: rows of class pictures.
             prompts: caption numbers for consistency, one for each of the first rows of ``batch``.
         """
-        losses = {"denoising": self._denoising(batch)}
+        losses = {"denoising": self._denoising(batch)} if prompts is None else self._held(batch, prompts)
         if prior is not None:
             losses["prior"] = self._denoising(prior)
-        if prompts is not None:
-            losses["prior"] = self._consistency(batch, prompts)
         total = losses["denoising"] + self._config.prior_weight * losses["prior"] if "prior" in losses else losses["denoising"]
         for rows in self.vectors:  # a batch in which nothing calls the word has a gradient too: zero
             total = total + 0 * rows.sum()
         return {"loss": total} | losses
 
-    def _noised(self, batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        latents, noise, t = (value[:rows].to(self._device) for value in (batch.latents, batch.noise, batch.t))
-        return latents, noise, t, add_noise(latents, noise, t, self._abar)
-
     def _denoising(self, batch: Batch) -> Tensor:
-        latents, noise, t, noised = self._noised(batch, len(batch.t))
-        said = self._predict(noised, t, self._text(batch.captions))
+        noised, t = self._noised(batch)
+        return self._from_target(batch, self._predict(noised, t, self._text(batch.captions)), t)
+
+    def _held(self, batch: Batch, prompts: Tensor) -> dict[str, Tensor]:
+        """The denoising loss, and the distance from the base on ``prompts``, of one forward: cheaper than one for each."""
+        noised, t = self._noised(batch)
+        some, few = noised[: len(prompts)], t[: len(prompts)]
+        with torch.no_grad(), self._adapters.absent():
+            teacher = self._predict(some, few, self._captions.states(prompts))
+        text = self._text(torch.cat([batch.captions, prompts]))
+        said, held = self._predict(torch.cat([noised, some]), torch.cat([t, few]), text).split([len(t), len(few)])
+        return {"denoising": self._from_target(batch, said, t), "prior": self._distance(held, teacher, few)}
+
+    def _noised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        latents, noise, t = (value.to(self._device) for value in (batch.latents, batch.noise, batch.t))
+        return add_noise(latents, noise, t, self._abar), t
+
+    def _from_target(self, batch: Batch, said: Tensor, t: Tensor) -> Tensor:
+        latents, noise = batch.latents.to(self._device), batch.noise.to(self._device)
         masks = None if batch.masks is None else batch.masks.to(self._device)
         return self._distance(said, target(self._kind, latents, noise, t, self._abar), t, masks)
-
-    def _consistency(self, batch: Batch, prompts: Tensor) -> Tensor:
-        _, _, t, noised = self._noised(batch, len(prompts))
-        with torch.no_grad(), self._adapters.absent():
-            teacher = self._predict(noised, t, self._captions.states(prompts))
-        return self._distance(self._predict(noised, t, self._text(prompts)), teacher, t)
 
     def _distance(self, said: Tensor, wanted: Tensor, t: Tensor, masks: Tensor | None = None) -> Tensor:
         config = self._config
