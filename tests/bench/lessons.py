@@ -4,9 +4,9 @@
     python -m tests.bench.lessons measure --out outputs/lessons --report docs/results.md
     python -m tests.bench.lessons measure --shipped --report docs/results.md        # the files in assets/loras
 
-Every LoRA is trained with the trainer's own defaults on eight pictures; ``--prior none|consistency`` trains all of them the
-other way, for comparison, and ``--alone`` on pictures of the subjects by themselves. Prompts, places, backgrounds, seeds and
-the things beside a subject are none of the lessons'.
+Every LoRA is trained with the trainer's own defaults on eight pictures; ``--prior none`` trains the subjects without what
+holds them to the base, ``--prior consistency`` the looks with it, for comparison, and ``--alone`` trains on pictures of the
+subjects by themselves. Prompts, places, backgrounds, seeds and the things beside a subject are none of the lessons'.
 
 * A subject: 20 prompts of it alone (present, right background), 10 beside a thing the base knows, 10 among two (all present).
 * A look: 5 known subjects that were not in its lesson x 8 prompts (look there; subject there, in whatever look).
@@ -67,6 +67,10 @@ def shipped() -> tuple[Taught, ...]:
     from training.base.loras import examples
 
     return tuple(LORAS[example.name] for example in examples())
+
+
+PRIORS = {"subject": "consistency", "look": "none"}
+"""The trainer's own choice on the embedded base."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/lessons"), help="folder of the LoRAs")
     parser.add_argument("--base", default="embedded")
     parser.add_argument("--shipped", action="store_true", help="measure the files in assets/loras")
-    parser.add_argument("--prior", choices=("none", "consistency"), help="train all of them with or without it")
+    parser.add_argument("--prior", choices=("none", "consistency"), help="only those that do otherwise by default, this way")
     parser.add_argument("--alone", action="store_true", help="train subjects on pictures of themselves alone")
     parser.add_argument("--only", nargs="*", help="some of the LoRAs, by name")
     parser.add_argument("--steps", type=int, default=0, help="0: the trainer's default")
@@ -183,7 +187,9 @@ def main() -> None:
     base = load_base(given.base)
     folder = assets() / "loras" if given.shipped else given.out
     every = shipped() if given.shipped else heldout()
-    pupils = [taught for taught in every if not given.only or taught.name in given.only]
+    pupils = [t for t in every if (not given.only or t.name in given.only) and PRIORS.get(t.role, "") != given.prior]
+    if not pupils:
+        parser.error("--only and --prior leave no LoRA")
     names = [taught.name for taught in pupils]
     if given.do == "train":
         lesson = partial(teach, prior=given.prior, alone=given.alone)
@@ -202,13 +208,22 @@ def main() -> None:
     lines = table(found)
     print("\n".join(lines))
     if given.report:
-        title = "Shipped LoRAs, one at a time" if given.shipped else "LoRAs of held-out subjects and looks, one at a time"
-        options = " --shipped" if given.shipped else f" --out {given.out}"
-        head = [f"## {title}", "", f"    python -m tests.bench.lessons measure{options} --report {given.report}", ""]
-        trained = f"prior {given.prior}" if given.prior else "prior: consistency for subjects, none for looks"
-        how = "as they were trained to be shipped" if given.shipped else f"the trainer's defaults ({trained})"
+        title, mark, options, how = section_of(given)
+        head = [f"## {title}", "", f"    python -m tests.bench.lessons measure {options} --report {given.report}", ""]
         head += [f"Base `{base.sha256[:12]}`; eight pictures each, {how}; 20 steps, weight 1.", ""]
-        replace_section(given.report, "\n".join(head + lines), "shipped lessons" if given.shipped else "lessons")
+        replace_section(given.report, "\n".join(head + lines), mark)
+
+
+def section_of(given: argparse.Namespace) -> tuple[str, str, str, str]:
+    """Of a section of a page: its title, its mark, the options that make it, and how its LoRAs were trained."""
+    if given.shipped:
+        return "Shipped LoRAs, one at a time", "shipped lessons", "--shipped", "as they were trained to be shipped"
+    out, how = f"--out {given.out}", "the trainer's defaults"
+    if given.prior:
+        title, how = f"Held-out LoRAs with the other prior: {given.prior}", f"{how}, but for the prior"
+        return title, f"lessons, prior {given.prior}", f"{out} --prior {given.prior}", how
+    how += " (prior: consistency for subjects, none for looks)"
+    return "LoRAs of held-out subjects and looks, one at a time", "lessons", out, how
 
 
 def drawer(base: str) -> Draw:

@@ -333,11 +333,15 @@ def test_a_report_of_a_small_run(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "results.md"
     report(page, bench.store, found, choices, "f" * 64, 2)
     text = page.read_text("utf-8")
-    assert text.count(MARK) == 2
+    for kind in ("subjects", "others", "single"):
+        assert text.count(f"{MARK}: {kind} -->") == 2
     assert "| merge | 0.0 [" in text
     assert "| composite-paper | 100.0 [" in text
     assert "| *ceiling* | 0.0 | 100.0 |" in text
     assert "| -100.0 [-100.0, -100.0] |" in text
+    report(page, bench.store, {kind: found[kind] for kind in ("others", "single")}, choices, "e" * 64, 2)
+    again = page.read_text("utf-8")  # of one kind: the sections of the others stay
+    assert again == text.replace("f" * 12, "e" * 12).replace("e" * 12, "f" * 12, 1)
     for name in ("compose-subjects.webp", "compose-others-worst.webp"):
         assert (page.parent / "pictures" / name).stat().st_size < 300_000
     assert json.loads((tmp_path / "out" / "costs.json").read_text())

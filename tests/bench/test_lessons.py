@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ from tests.bench import lessons
 from tests.bench.combinations import LORAS, STYLE
 from tests.bench.compose_loras import PICTURES
 from tests.bench.judge import Judge
-from tests.bench.lessons import Question, answers, heldout, questions, shipped, table
+from tests.bench.lessons import PRIORS, Question, answers, heldout, questions, section_of, shipped, table
 from tests.bench.templates import build_bank, make_keys
+from training.config import make_config
+from training.plan import settled
 from training.text import known_words
 
 
@@ -35,6 +40,27 @@ def test_held_out_subjects_are_new_to_base_testbed_and_examples() -> None:
 def test_triggers_are_words_the_base_does_not_know() -> None:
     base = load_base("embedded", device="cpu")
     assert [taught.trigger for taught in (*LORAS.values(), *heldout()) if known_words(base, taught.trigger)] == []
+
+
+def test_the_other_prior_is_not_the_trainers_own() -> None:
+    base = load_base("embedded", device="cpu")
+    for role, kind in (("subject", "concept"), ("look", "style")):
+        config = make_config(data="d", output="o.safetensors", trigger="vlim", kind=kind)
+        assert settled(config, base).prior == PRIORS[role]
+
+
+@pytest.mark.parametrize(
+    ("given", "title", "mark", "options"),
+    [
+        ({}, "LoRAs of held-out subjects", "lessons", "--out a"),
+        ({"prior": "none"}, "Held-out LoRAs with the other prior: none", "lessons, prior none", "--out a --prior none"),
+        ({"shipped": True}, "Shipped LoRAs", "shipped lessons", "--shipped"),
+    ],
+)
+def test_each_measurement_has_a_section_of_its_own(given: dict[str, Any], title: str, mark: str, options: str) -> None:
+    found = section_of(Namespace(**({"shipped": False, "prior": None, "out": Path("a")} | given)))
+    assert found[0].startswith(title)
+    assert found[1:3] == (mark, options)
 
 
 def test_questions_are_none_of_the_lessons() -> None:
