@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +24,7 @@ from compose.routes import Grid, Route, Site, constant, read_route, site_of
 from compose.stack import Layer, Stack
 from studio.embeddings import Embedding, carried_embeddings
 from studio.errors import LoraFileError, RequestError, WrongBaseError
+from studio.lora.library import short_name
 from studio.lora.model import Delta, Lora
 from studio.lora.names import module_key
 
@@ -48,13 +48,32 @@ class Adapter:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What options may call it: as the request does, or by the stem of its file."""
-        return self.name, Path(self.name).stem
+        """What options may call it: as the request does, or without folder and ``.safetensors``, other dots and all."""
+        return self.name, short_name(self.name)
 
     @property
     def words(self) -> list[Embedding]:
         """The learnt words it carries; a prompt that calls one is read with them."""
         return carried_embeddings(self.name, self.lora)
+
+
+def row_names(adapters: Sequence[Adapter]) -> list[str]:
+    """What rows of figures call each LoRA: its short name, or its full one where two LoRAs share the short one."""
+    short = [adapter.names[1] for adapter in adapters]
+    return [name if short.count(name) == 1 else adapter.name for name, adapter in zip(short, adapters, strict=True)]
+
+
+def refuse_ambiguous(name: str, option: str, adapters: Sequence[Adapter]) -> None:
+    """Refuse that ``option`` names a LoRA by a ``name`` that several have: it would act on all of them.
+
+    Raises:
+        RequestError: more than one LoRA is called so.
+    """
+    fitting = [adapter.name for adapter in adapters if name in adapter.names]
+    if len(fitting) > 1:
+        raise RequestError(
+            f"'{option}' names '{name}', which may mean {' or '.join(fitting)}: write the name of one in full, or rename a file"
+        )
 
 
 class LoraBank:

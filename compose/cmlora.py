@@ -20,13 +20,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compose.bank import Adapter
+from compose.bank import Adapter, row_names
 from compose.figures import Curves, Figure, Schedule
 from compose.options import Count, Share, Strength, names, numbers
 from compose.profile import profiled, stored
@@ -73,6 +73,18 @@ class CMLoRAOptions(MeanOptions):
     _high = field_validator("high", mode="before")(names)
     _pairs = field_validator("intervals", "breaks", mode="before")(numbers)
 
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.breaks[0] > self.breaks[1]:
+            raise ValueError(f"'breaks' are {self.breaks[0]:g},{self.breaks[1]:g}: the first must not be the larger")
+        if self.order in ("random", "rotation"):
+            for name in ("high", "phase"):
+                if name in self.model_fields_set:
+                    raise ValueError(f"'{name}' does nothing with order='{self.order}', which knows no phases: leave it out")
+        if self.order != "random" and "seed" in self.model_fields_set:
+            raise ValueError(f"'seed' does nothing with order='{self.order}', which draws nothing: take order=random")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
@@ -96,23 +108,24 @@ def weights(count: int, dominant: int, q: float) -> list[float]:
     return [q * other if k == dominant else other for k in range(count)]
 
 
-def turns(shares: Sequence[float], high: Sequence[int], low: Sequence[int], options: CMLoRAOptions) -> list[Turn]:
-    """The whole course of a run.
+def turns(steps: int, high: Sequence[int], low: Sequence[int], options: CMLoRAOptions, skipped: int = 0) -> list[Turn]:
+    """The whole course of a run of ``steps`` steps; ``skipped`` of the schedule lie before them.
 
     Args:
-        shares: of the schedule that lie behind at each step. high, low: positions of the two sets; together all concepts.
+        high, low: positions of the two sets; together all concepts.
     """
     every = sorted([*high, *low])
     count = len(every)
-    fresh = set(refresh_steps(len(shares), options.intervals, options.breaks))
+    whole_schedule = refresh_steps(skipped + steps, options.intervals, options.breaks)
+    fresh = {0} | {index - skipped for index in whole_schedule if index > skipped}
     q = options.dominance if options.dominance is not None else max(1.0, count - 0.5)
     dice = random.Random(options.seed)
     course: list[Turn] = []
     rotation, dominant = 0, every[0]
     ages = dict.fromkeys(every, 0)
-    for index, share in enumerate(shares):
+    for index in range(steps):
         if index in fresh:
-            early = (share < options.phase) is (options.order != "reversed")
+            early = ((skipped + index) / (skipped + steps) < options.phase) is (options.order != "reversed")
             some = every if options.order in ("random", "rotation") else [*(high if early else low)] or every
             dominant = dice.choice(some) if options.order == "random" else some[rotation % len(some)]
             q = max(1.0, q - options.decay * 0.5**rotation) if rotation else q
@@ -147,11 +160,9 @@ class CMLoRA(Mean):
         if not self.concepts:
             return
         self.cut = usable_cut(run.base.unet, self.options.cut)
-        count = len(run.timesteps)
-        shares = [(run.skipped + index) / (run.skipped + count) for index in range(count)]
         high = self.high(run)
         low = [k for k in range(len(self.concepts)) if k not in high]
-        self.course = turns(shares, high, low, self.options)
+        self.course = turns(len(run.timesteps), high, low, self.options, run.skipped)
 
     def high(self, run: Run) -> list[int]:
         """Positions of the high-frequency concepts."""
@@ -162,8 +173,7 @@ class CMLoRA(Mean):
             return [i for i, k in enumerate(self.concepts) if {*bank.adapters[k].names} & {*self.options.high}]
         found = []
         for position, concept in enumerate(self.concepts):
-            run.check_cancelled()
-            profile, fresh = profiled(run.base, bank, concept)
+            profile, fresh = profiled(run.base, bank, concept, run.cancelled)
             if profile.high:
                 found.append(position)
             if fresh:
@@ -211,15 +221,16 @@ class CMLoRA(Mean):
             return ()
         adapters = [run.bank.adapters[k] for k in self.concepts]
         table = [weights(len(adapters), turn.dominant, turn.q) for turn in self.course]
-        rows = {a.names[1]: [line[i] / len(adapters) for line in table] for i, a in enumerate(adapters)}
-        marks = {(adapters[i].names[1], index) for index, turn in enumerate(self.course) for i in turn.whole}
+        called = row_names(adapters)
+        rows = {name: [line[i] / len(adapters) for line in table] for i, name in enumerate(called)}
+        marks = {(called[i], index) for index, turn in enumerate(self.course) for i in turn.whole}
         text = (
             f"The share of each LoRA in the mean: the dominant one has most. Marked: whole forwards ({self.whole} of "
             f"{self.whole + self.shallow}); the others reuse what the last whole one of that LoRA left.{self.told}"
         )
         if BASE in self.passes:
             text += " Its passes are counted too."
-        known = {a.names[1]: stored(a, run.base) for a in adapters}
+        known = {name: stored(a, run.base) for name, a in zip(called, adapters, strict=True)}
         lines = {
             f"{name}: {'high' if found.high else 'low'} ({found.score:+.4f})": found.curve
             for name, found in known.items()

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from compose.bank import row_names
 from compose.figures import Figure, Schedule
 from compose.run import Options, Run, Step
 from compose.separate import Mean, MeanOptions
@@ -55,6 +56,7 @@ class Composite(Mean):
         if run.bank is None or not self.concepts:
             return ()
         share = [1 / len(self.concepts)] * len(run.timesteps)
-        rows = {run.bank.adapters[k].names[1]: share for k in self.concepts}
+        names = row_names(run.bank.adapters)
+        rows = {names[k]: share for k in self.concepts}
         text = f"Every LoRA predicts alone at each step; the mean counts.{self.told}"
         return [Schedule(title="Shares", text=text, rows=rows)]

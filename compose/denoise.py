@@ -165,6 +165,7 @@ def denoise(
     regions: Sequence[Region] = (),
     figures: list[Figure] | None = None,
     residuals: Residuals | None = None,
+    room: int | None = None,
 ) -> Tensor:
     """Sample one latent per seed and state.
 
@@ -185,6 +186,7 @@ def denoise(
         regions: parts of the picture with LoRAs of their own, for methods that take them.
         figures: what the method shows of its work is appended here; None: nothing is kept for it.
         residuals: what an image condition adds inside the UNet (:mod:`compose.residuals`).
+        room: rows of latents that a forward has room for, for methods that make passes side by side; None: the family's batch.
 
     Returns:
         Latents ``[states * n, c, h, w]`` as the VAE's decoder wants them times its scaling factor, single precision.
@@ -241,6 +243,7 @@ def denoise(
         regions=tuple(regions),
         explaining=figures is not None,
         residuals=residuals,
+        room=room or base.family.batch,
     )
     chosen = method or Method()
     loop(run, chosen, on_step=on_step)
@@ -290,6 +293,7 @@ def invert(
         bank=bank,
         cancelled=cancelled,
         timesteps=sampler.timesteps,
+        room=base.family.batch,
     )
     loop(run, method or Method(), on_step=on_step)
     return run.latents

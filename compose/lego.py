@@ -6,7 +6,8 @@ LoRAs are clustered (k-means), and the centroids are the units of the result:
     dW = f * sum_c b_c a_c^T,      |u_c| = mean |u| of its members,      f = sqrt(r / k)
 
 The first repairs that a mean of different units is shorter than they are, the second that the size of ``dW`` grows with the
-rank k (r: the mean rank of the LoRAs). What is different here: the scale and weight of a LoRA are folded into its units, each
+rank k (r: the mean rank of the LoRAs). What is different here: units of no size, or of next to none, are no units and do not
+count in r; the scale and weight of a LoRA are folded into its units, each
 unit is balanced so that |a| = |b|, and (a, b) and (-a, -b), which are the same unit, are treated as the same.
 """
 
@@ -20,19 +21,19 @@ from torch import Tensor
 from studio.lora.model import LoraDelta
 
 ROUNDS = 50
+NOISE = 1e-5
+"""A unit whose ``|a| |b|`` is at most this share of its LoRA's largest is rounding noise, as where a dense ``dW`` enters with
+the full rank of the layer."""
 
 
-def units(parts: Sequence[tuple[float, LoraDelta]]) -> Tensor:
-    """``[R, in + out]``: every unit that is not zero, balanced, with scale and weight folded in."""
-    rows = []
-    for strength, delta in parts:
-        a = delta.down.float().cpu().flatten(1)
-        b = delta.up.float().cpu().flatten(1).T * (delta.scale * strength)
-        size = (a.norm(dim=1) * b.norm(dim=1)).sqrt()[:, None]
-        live = size[:, 0] > 0
-        a, b, size = a[live], b[live], size[live]
-        rows.append(torch.cat([a / a.norm(dim=1, keepdim=True) * size, b / b.norm(dim=1, keepdim=True) * size], dim=1))
-    return torch.cat(rows)
+def units(strength: float, delta: LoraDelta) -> Tensor:
+    """``[r, in + out]``: the units of one LoRA above :data:`NOISE`, balanced, with scale and weight folded in."""
+    a = delta.down.float().cpu().flatten(1)
+    b = delta.up.float().cpu().flatten(1).T * (delta.scale * strength)
+    product = a.norm(dim=1) * b.norm(dim=1)
+    live = product > NOISE * product.max()
+    a, b, size = a[live], b[live], product[live].sqrt()[:, None]
+    return torch.cat([a / a.norm(dim=1, keepdim=True) * size, b / b.norm(dim=1, keepdim=True) * size], dim=1)
 
 
 def distances(points: Tensor, centers: Tensor) -> Tensor:
@@ -71,7 +72,8 @@ def centroid(members: Tensor, like: Tensor) -> Tensor:
 
 def rebuilt(parts: Sequence[tuple[float, LoraDelta]], rank: int, shape: torch.Size, generator: torch.Generator) -> LoraDelta:
     """The LoRA whose units are the centroids of ``rank`` clusters, for a layer whose weight has ``shape``."""
-    points = units(parts)
+    own = [units(strength, delta) for strength, delta in parts]
+    points = torch.cat(own)
     inputs = parts[0][1].down[0].numel()
     if len(points):
         member = clustered(points, min(rank, len(points)), generator)
@@ -79,7 +81,8 @@ def rebuilt(parts: Sequence[tuple[float, LoraDelta]], rank: int, shape: torch.Si
     else:
         middles = torch.zeros(1, inputs + shape[0])
     count = len(middles)
-    mean_rank = sum(delta.rank for _, delta in parts) / len(parts)
+    ranks = [len(some) for some in own if len(some)] or [count]
+    mean_rank = sum(ranks) / len(ranks)
     down, up = middles[:, :inputs], middles[:, inputs:].T * (mean_rank / count) ** 0.5
     thin = (1,) * (len(shape) - 2)
     return LoraDelta(down.reshape(count, *shape[1:]), up.reshape(shape[0], count, *thin), float(count))

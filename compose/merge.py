@@ -14,10 +14,11 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from compose.bank import Adapter, Layer
+from compose.bank import Adapter, Layer, refuse_ambiguous, row_names
 from compose.figures import Figure, Schedule
 from compose.fuse import DENSITY, Recipe, fused, layer_weights
 from compose.options import Count, Share, from_json
+from compose.regions import speaking
 from compose.routes import Site, constant
 from compose.run import Method, Options, Run, Step
 from studio.errors import RequestError
@@ -25,6 +26,7 @@ from studio.requests import Finite
 
 T = TypeVar("T")
 EVERY = "*"
+RANDOM = ("dare", "dare_ties", "lego")
 SHORT = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 How = Literal["sum", "cat", "svd", "ties", "dare", "dare_ties", "lego"]
 
@@ -39,10 +41,11 @@ class MergeOptions(Options):
         blocks: how much LoRAs weigh in parts of the model, by LoRA name or "*" for all: {"*": {"up": 0.5, "down_blocks.1": 0}}.
             Parts are down, mid, up, text_encoder or the beginning of a layer's name; the longest that fits counts.
         schedule: how weights change over the steps, by LoRA name or "*" for all: pairs of (share of the schedule, factor),
-            joined by straight lines, such as {"style": [[0, 0], [0.5, 1]]}.
+            joined by straight lines, such as {"style": [[0, 0], [0.5, 1]]}. Two pairs at one share are a jump: from there on
+            the later pair counts. Prompts are encoded again at every step where a LoRA's change of the text encoder changes.
         rank: rank of the one LoRA that is made in each layer. By default all ranks together; for "svd" and "lego" the largest.
         density: share of entries that "ties" and "dare" keep. By default 0.2 for ties, as published, and 0.5 where dare drops.
-        seed: seed of what "dare" and "lego" draw at random.
+        seed: seed of what "dare", "dare_ties" and "lego" draw at random.
     """
 
     how: How = "sum"
@@ -61,6 +64,8 @@ class MergeOptions(Options):
             raise ValueError(f"'rank' does nothing with how='{self.how}', which keeps every rank: take svd, ties, dare or lego")
         if self.density is not None and self.how not in DENSITY:
             raise ValueError(f"'density' does nothing with how='{self.how}', which drops no entries: take {', '.join(DENSITY)}")
+        if "seed" in self.model_fields_set and self.how not in RANDOM:
+            raise ValueError(f"'seed' does nothing with how='{self.how}', which draws nothing: take {', '.join(RANDOM)}")
         return self
 
 
@@ -70,8 +75,11 @@ def told(option: Mapping[str, T], adapter: Adapter) -> list[T]:
 
 
 def at(points: Sequence[tuple[float, float]], share: float) -> float:
-    """The line through ``points`` at ``share``; level before the first and after the last."""
-    points = sorted(points)
+    """The line through ``points`` at ``share``; level before the first and after the last.
+
+    Two points at one share, in their order, are a jump there; the later one counts from that share on.
+    """
+    points = sorted(points, key=lambda point: point[0])
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= share < x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
@@ -86,7 +94,8 @@ def block_weight(parts: Mapping[str, float], layer: str) -> float:
 
 
 def _full(part: str) -> str:
-    return SHORT.get(part, part)
+    name = part.removeprefix("unet.")
+    return SHORT.get(name, name)
 
 
 class Merge(Method):
@@ -102,6 +111,7 @@ class Merge(Method):
                 if name not in have:
                     why = "one LoRA is made of all, so only '*' can be meant" if self.options.how != "sum" else "no such LoRA"
                     raise RequestError(f"'{option}' names '{name}', but {why} in this request")
+                refuse_ambiguous(name, option, adapters)
         if any(not points for points in self.options.schedule.values()):
             raise RequestError("'schedule' holds an empty list: give pairs of (share of the schedule, weight)")
 
@@ -121,7 +131,14 @@ class Merge(Method):
         bank = run.bank
         if bank is None:
             return
+        if bank.fuse is None and bank.requested and (self.options.how != "sum" or self.options.weight != 1):
+            raise RequestError(
+                f"how='{self.options.how}' with weight={self.options.weight} acts when LoRAs are attached, but these were "
+                "attached without it: use LoraBank.on(base, adapters, fuse=method.fuse)"
+            )
         bank.route = constant([1.0] * len(bank.adapters))
+        # The run comes with prompts encoded under this route.
+        self.encoded_at = [1.0] * len(bank.adapters)
         if not self.options.blocks:
             return
         touched = {layer for adapter in bank.adapters for layer in adapter.lora.layers}
@@ -129,7 +146,7 @@ class Merge(Method):
             if all(block_weight({part: 0.0}, layer) == 1 for layer in touched):
                 raise RequestError(f"'blocks' names '{part}', where no LoRA of the request has a layer")
         bank.by_layer(lambda site: self.gains(bank.adapters, site))
-        if run.encode is not None and any(layer.startswith("text_encoder") for layer in touched):
+        if run.encode is not None and speaking(bank.adapters):
             run.condition(*run.encode())
 
     def gains(self, adapters: Sequence[Adapter], site: Site) -> list[float]:
@@ -140,7 +157,14 @@ class Merge(Method):
     def before_step(self, run: Run, step: Step) -> None:
         if run.bank is None or not self.options.schedule:
             return
-        run.bank.route = constant([self.share(a, step.fraction) for a in run.bank.adapters])
+        adapters = run.bank.adapters
+        now = [self.share(a, step.fraction) for a in adapters]
+        run.bank.route = constant(now)
+        # Not at every step: with models that take turns in memory, encoding may mean moving one there and back.
+        changed = [adapters[k] for k in run.bank.active if now[k] != self.encoded_at[k]]
+        if run.encode is not None and speaking(changed):
+            run.condition(*run.encode())
+            self.encoded_at = now
 
     def share(self, adapter: Adapter, fraction: float) -> float:
         """What ``schedule`` says about one LoRA at a share of the schedule."""
@@ -151,5 +175,9 @@ class Merge(Method):
             return ()
         count = len(run.timesteps)
         steps = [(run.skipped + index) / (run.skipped + count) for index in range(count)]
-        rows = {a.names[1]: [a.weight * self.share(a, step) for step in steps] for a in run.bank.adapters}
+        adapters = run.bank.adapters
+        rows = {
+            name: [a.weight * self.share(a, step) for step in steps]
+            for name, a in zip(row_names(adapters), adapters, strict=True)
+        }
         return [Schedule(title="Weights", text="How much each LoRA weighs in the sum at each step.", rows=rows)]

@@ -13,7 +13,7 @@ at a fixed ring, which a 64 x 64 latent does not reach; here the ring follows fr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from compose.routes import constant
 from compose.run import Method, Run, Step
 from compose.text import Reading, encode_pair
-from studio.errors import FileError
+from studio.errors import FileError, RequestError
 from studio.files import whole
 from studio.hashes import cache_folder
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from compose.bank import Adapter, LoraBank
     from studio.base import Base
 
-VERSION = 1
+VERSION = 2
 HIGH = 0.2
 EARLY = 0.6
 STEPS = 10
@@ -122,13 +122,22 @@ def measure(
     prompts: Sequence[str] | None = None,
     seeds: Sequence[int] = SEEDS,
     steps: int = STEPS,
+    cancelled: Callable[[], bool] | None = None,
 ) -> Profile:
-    """Profile LoRA ``index`` of an attached bank, in the family's own size, sampler and guidance."""
+    """Profile LoRA ``index`` of an attached bank at weight 1, whatever its weight there, in the family's own size, sampler and
+    guidance.
+
+    Raises:
+        RequestError: its weight is 0: such a LoRA is not attached.
+        CancelledError: ``cancelled`` said so at some step.
+    """
     adapter = bank.adapters[index]
+    if adapter.weight == 0:
+        raise RequestError(f"LoRA '{adapter.name}' has weight 0 here and cannot be profiled: give it another weight")
     told = tuple(prompts_for(adapter) if prompts is None else prompts)
-    alone = [1.0 if k == index else 0.0 for k in range(len(bank.adapters))]
+    alone = [1 / adapter.weight if k == index else 0.0 for k in range(len(bank.adapters))]
     with_it, without = (
-        _curve(base, bank, constant(route), told, seeds, steps) for route in (alone, [0.0] * len(bank.adapters))
+        _curve(base, bank, constant(route), told, seeds, steps, cancelled) for route in (alone, [0.0] * len(bank.adapters))
     )
     curve = (with_it - without).tolist()
     early = curve[: max(1, round(EARLY * len(curve)))]
@@ -142,14 +151,22 @@ def measure(
     )
 
 
-def _curve(base: Base, bank: LoraBank, route: Tensor, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
+def _curve(
+    base: Base,
+    bank: LoraBank,
+    route: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    cancelled: Callable[[], bool] | None,
+) -> Tensor:
     """Mean ``H`` after every step."""
     from compose.denoise import denoise
 
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
     totals: list[Tensor] = []
     with bank.acting(route):
-        reading = Reading(embeddings=tuple(word for one in bank.adapters for word in one.words))
+        reading = Reading(embeddings=tuple(word for one in bank.adapters if one.weight != 0 for word in one.words))
         negative, positive = encode_pair(base, prompts, [""] * len(prompts), reading)
         for start in range(0, len(rows), base.family.batch):
             some = rows[start : start + base.family.batch]
@@ -165,6 +182,7 @@ def _curve(base: Base, bank: LoraBank, route: Tensor, prompts: Sequence[str], se
                 scheduler=base.family.scheduler,
                 method=solo,
                 bank=bank,
+                cancelled=cancelled,
             )
             totals.append(torch.tensor([sum(high_frequency(x) for x in state) for state in solo.seen]))
     return torch.stack(totals).sum(0) / len(rows)
@@ -202,12 +220,16 @@ def kept(found: Profile, where: Sequence[Path]) -> Path | None:
     return None
 
 
-def profiled(base: Base, bank: LoraBank, index: int) -> tuple[Profile, bool]:
-    """The stored profile of LoRA ``index``, or a fresh one, which is kept in the cache; and whether it was fresh."""
+def profiled(base: Base, bank: LoraBank, index: int, cancelled: Callable[[], bool] | None = None) -> tuple[Profile, bool]:
+    """The stored profile of LoRA ``index``, or a fresh one, which is kept in the cache; and whether it was fresh.
+
+    Raises:
+        RequestError, CancelledError: see :func:`measure`.
+    """
     adapter = bank.adapters[index]
     known = stored(adapter, base)
     if known is not None:
         return known, False
-    fresh = measure(base, bank, index)
+    fresh = measure(base, bank, index, cancelled=cancelled)
     kept(fresh, places(adapter, base)[-1:] if adapter.lora.sha256 else ())
     return fresh, True

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compose.bank import refuse_ambiguous
 from compose.finder import Found, called, says, spell, with_triggers
 from compose.plan import Box, Regions, RegionText
 from compose.region_words import Arrangement, Place, Said, said_by_default
@@ -171,9 +172,11 @@ def named_by(region: Region, adapters: Sequence[Adapter]) -> dict[int, float]:
 
     Raises:
         UnknownNameError: it names one that the request does not have.
+        RequestError: it calls one by a name that several have.
     """
     found: dict[int, float] = {}
     for ref in region.loras:
+        refuse_ambiguous(ref.name, "region", adapters)
         index = next((i for i, adapter in enumerate(adapters) if ref.name in adapter.names), None)
         if index is None:
             raise UnknownNameError("LoRA of a region", ref.name, [a.name for a in adapters], hint="(name it with --lora too)")

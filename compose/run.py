@@ -47,8 +47,8 @@ class Step:
 
 @dataclass
 class Passes:
-    """Rows of passes through the UNet: ``whole`` forwards, ``early`` ones that stop at the last map, and
-    ``backward`` ones; ``skipped`` are those whose gradient was not finite.
+    """Rows of passes through the UNet: ``whole`` forwards, also those that reuse deep features, ``early`` ones that stop at the
+    last map, and ``backward`` ones; ``skipped`` are those whose gradient was not finite.
     """
 
     whole: int = 0
@@ -78,6 +78,7 @@ class Run:
         regions: parts of the picture with LoRAs of their own, for methods that take them.
         explaining: whether somebody wants :meth:`Method.explain` afterwards, so that maps are worth keeping.
         residuals: what an image condition adds inside the UNet, asked for each forward.
+        room: rows that memory has room for in a forward, for methods that make passes side by side.
     """
 
     base: Base
@@ -103,6 +104,7 @@ class Run:
     regions: tuple[Region, ...] = ()
     explaining: bool = False
     residuals: Residuals | None = None
+    room: int = 1
     resources: ExitStack = field(default_factory=ExitStack, repr=False)
     again: bool = field(default=False, repr=False)
     _attention: Attention | None = field(default=None, repr=False)

@@ -17,7 +17,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from compose.bank import Adapter, LoraBank
+from compose.bank import Adapter, LoraBank, refuse_ambiguous
 from compose.options import Count, Strength, names
 from compose.regions import speaking
 from compose.routes import Route, constant, per_row
@@ -164,7 +164,7 @@ class Mean(Separate):
 
 
 def known(wanted: Iterable[str], option: str, adapters: Sequence[Adapter]) -> None:
-    """Refuse an option that names a LoRA the request does not have.
+    """Refuse an option that names a LoRA the request does not have, or several of them by one name.
 
     Raises:
         RequestError: it does.
@@ -173,6 +173,7 @@ def known(wanted: Iterable[str], option: str, adapters: Sequence[Adapter]) -> No
     for name in wanted:
         if not any(name in adapter.names for adapter in adapters):
             raise RequestError(f"'{option}' names '{name}', which is none of the request's LoRAs ({have})")
+        refuse_ambiguous(name, option, adapters)
 
 
 def side_by_side(
@@ -203,5 +204,10 @@ def chunks(passes: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def at_once(run: Run, wanted: int | None) -> int:
-    """How many passes share a forward: as many as told, else as fit the rows the family denoises side by side; at least 1."""
-    return wanted or max(1, run.base.family.batch // len(run.latents))
+    """How many passes share a forward: as many as told, else as fit ``run.room``; at least 1."""
+    return wanted or max(1, run.room // len(run.latents))
+
+
+def divisible(method: Method) -> bool:
+    """Whether a method would need less memory with less ``room``: it makes passes side by side, and nobody said how many."""
+    return "chunk" in type(method.options).model_fields and method.options.chunk is None  # type: ignore[attr-defined]

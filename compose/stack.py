@@ -14,9 +14,6 @@ from studio.lora.model import Delta, LoraDelta
 
 Layer = nn.Linear | nn.Conv2d
 
-KEPT = 16
-"""Sets of weights whose ready products a layer remembers: enough for one per LoRA of a request."""
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -44,6 +41,16 @@ class Stack:
     dense: list[tuple[int, float, Tensor]] = field(default_factory=list)
     gain: tuple[float, ...] | None = None
     kept: dict[tuple[float, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        """Rows of ``up`` that :attr:`kept` may hold.
+
+        Twice those of all LoRAs, so that a schedule, with new weights at every step, does not fill the memory; but enough for
+        one set per LoRA, also beside one that always acts and, standing elsewhere in the stack, makes each set longer.
+        """
+        spans = [[max(a.stop, b.stop) - min(a.start, b.start) for b in self.pieces] for a in self.pieces]
+        return max([2 * sum(p.stop - p.start for p in self.pieces), *map(sum, spans)])
 
     @classmethod
     def of(cls, site: Site, module: Layer, found: Sequence[tuple[int, float, Delta]], count: int) -> Stack:
@@ -88,7 +95,10 @@ class Stack:
         return torch.addmm(base.flatten(0, -2), thin.flatten(0, -2), up).view_as(base)
 
     def thin_pair(self, weights: Sequence[float]) -> tuple[Tensor, Tensor] | None:
-        """``(down, up)`` of the LoRAs with a weight, the weights multiplied into ``up``; remembered for the next forwards."""
+        """``(down, up)`` of the LoRAs with a weight, the weights multiplied into ``up``; remembered for the next forwards.
+
+        The oldest are forgotten when all together are more than :attr:`room`.
+        """
         key = tuple(weights)
         if key not in self.kept:
             live = [p for p in self.pieces if key[p.index] != 0]
@@ -97,7 +107,8 @@ class Stack:
             start, stop = live[0].start, live[-1].stop
             factor = [p.scale * key[p.index] for p in self.pieces for _ in range(p.start, p.stop)][start:stop]
             up = self.up[start:stop] * torch.tensor(factor).to(self.up)[:, None]
-            while len(self.kept) >= KEPT:
+            room = self.room - len(up)
+            while sum(len(scaled) for _, scaled in self.kept.values()) > room:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = (self.down[start:stop], up)
         return self.kept[key]

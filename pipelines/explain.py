@@ -15,6 +15,7 @@ from compose.finder import called, spell
 from compose.regions import read_mask
 from pipelines.figures import draw
 from studio.errors import FileError
+from studio.lora.library import short_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,7 +80,7 @@ def regions_shown(request: GenerateRequest) -> list[Figure]:
 
 
 def _called(loras: Sequence[LoraRef]) -> str:
-    return " + ".join(Path(ref.name).stem for ref in loras)
+    return " + ".join(short_name(ref.name) for ref in loras)
 
 
 def report(folder: Path, result: GenerateResult, figures: Sequence[Figure]) -> Path:
@@ -100,7 +101,7 @@ def report(folder: Path, result: GenerateResult, figures: Sequence[Figure]) -> P
     told = [
         ("prompt", request.prompt),
         ("negative", request.negative),
-        ("LoRAs", ", ".join(f"{Path(ref.name).stem}:{ref.weight:g}" for ref in request.loras)),
+        ("LoRAs", ", ".join(f"{short_name(ref.name)}:{ref.weight:g}" for ref in request.loras)),
         ("method", " ".join([request.method, *(f"{key}={json.dumps(value)}" for key, value in request.options.items())])),
         ("sampling", f"{request.scheduler}, {request.steps} steps, guidance {request.guidance:g}, seed {request.seed}"),
         *(("note", note) for note in result.notes),

@@ -15,6 +15,7 @@ import torch
 from compose import method_named
 from compose.bank import LoraBank
 from compose.denoise import Event, OnStep, Start, denoise
+from compose.separate import divisible
 from compose.text import Encoded, Reading, Wording, encode_pair, words_of
 from pipelines.explain import report, words_shown, writable
 from pipelines.memory import check_memory, decode_within, is_out_of_memory, out_of_memory
@@ -179,7 +180,8 @@ def _sample(work: _Work, notes: list[str]) -> list[Image]:
     base, request, sampling, seeds, watch = work.base, work.request, work.sampling, work.seeds, work.watch
     halves = 2 if sampling.guidance > 1 else 1
     size = sampling.size
-    room = min(base.family.batch, len(seeds))
+    method = partial(method_named, request.method, **request.options)
+    room = base.family.batch
     check_memory(base, size, halves)
     images: list[Image] = []
     said: list[str] = []
@@ -208,7 +210,7 @@ def _sample(work: _Work, notes: list[str]) -> list[Image]:
                     steps=sampling.steps,
                     guidance=sampling.guidance,
                     scheduler=sampling.scheduler,
-                    method=method_named(request.method, **request.options),
+                    method=method(),
                     bank=work.bank,
                     start=work.start,
                     encode=partial(encoded, len(now)),
@@ -218,15 +220,17 @@ def _sample(work: _Work, notes: list[str]) -> list[Image]:
                     notes=said,
                     regions=request.regions,
                     figures=None if images else work.figures,
+                    room=room,
                 )
                 images += decode_within(base, latents, said)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(now) == 1:
+                if len(now) == 1 and (room == 1 or not divisible(method())):
                     raise out_of_memory(base, size, halves) from error
-                room = len(now) // 2
-                said = [f"memory was short: the pictures were made {room} at a time"]
+                room = max(len(now) // 2, 1)
+                what = f"the pictures were made {room} at a time" if len(now) > 1 else "each forward had one LoRA at a time"
+                said = [f"memory was short: {what}"]
                 if work.figures is not None and not images:
                     work.figures.clear()
     notes += dict.fromkeys(said)

@@ -20,7 +20,7 @@ from compose.tokens import learnt
 from studio.embeddings import Embedding
 from studio.errors import RequestError, UnknownNameError
 from studio.lora.files import load_lora
-from studio.lora.library import find_lora
+from studio.lora.library import find_lora, short_name
 from studio.media import open_picture
 from studio.prompts import not_followed, take_tags
 from studio.requests import GenerateRequest, LoraRef
@@ -93,9 +93,9 @@ def check_method(request: GenerateRequest, method: Method) -> None:
     if not request.regions and method.regions == "required":
         raise RequestError(
             f"method '{name}' needs to know where each LoRA acts: give regions, such as "
-            f"{Path(request.loras[0].name).stem}@0,0,0.5,1"
+            f"{short_name(request.loras[0].name)}@0,0,0.5,1"
         )
-    known = {name for ref in request.loras for name in (ref.name, Path(ref.name).stem)}
+    known = {name for ref in request.loras for name in (ref.name, short_name(ref.name))}
     for wanted in (ref.name for region in request.regions for ref in region.loras):
         if wanted not in known:
             raise UnknownNameError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +82,7 @@ class Made:
         if request.method != "merge":
             settings["Method"] = request.method
         settings["Version"] = f"studio {studio.__version__}"
-        loras = [(Path(a.name).stem, a.weight, digest) for a, digest in zip(self.adapters, short, strict=True)]
+        loras = [(a.names[1], a.weight, digest) for a, digest in zip(self.adapters, short, strict=True)]
         embeddings = [(e.name, e.sha256[:12]) for e in self.embeddings]
         return write(request.prompt, request.negative, loras, settings, embeddings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,13 @@ class Request(BaseModel):
         return type(self).of(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
 
+BRANCH = re.compile(r"float|int|str|bool|(function-|constrained-|literal\[|tuple\[).*")
+"""How pydantic names the sides of a union, which say nothing to a user."""
+
+
 def _sentence(model: type[BaseModel], error: ValidationError) -> RequestError:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if not BRANCH.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
         return UnknownNameError("setting", place, list(model.model_fields))
     if first["type"] == "missing":

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from studio.lora.library import short_name
 from ui.console import Voice
 from ui.rooms import HOME
 
@@ -158,7 +159,7 @@ def _draw(picture: Picture, count: int) -> Any:
     fields: dict[str, Any] = {}
     if picture.boxed:
         named = zip(picture.loras, BOXES, strict=True)
-        fields = {"method": METHOD, "regions": [f"{Path(lora).stem}@{box}" for lora, box in named]}
+        fields = {"method": METHOD, "regions": [f"{short_name(str(lora))}@{box}" for lora, box in named]}
     return generate(picture.prompt, loras=picture.loras, seed=SEED, count=count, **fields)
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from pipelines.pairs import Gallery, Pair, Picture, arranged
 from pipelines.votes import Side, Vote, VoteBook, next_pair
 from studio.errors import RequestError, StudioError
+from studio.lora.library import short_name
 
 if TYPE_CHECKING:
     import gradio
@@ -169,7 +170,7 @@ def data_of(path: Path) -> str:
 
 
 def _loras(picture: Picture) -> str:
-    told = [f"{Path(name).stem} {weight:g}{_calls(name)}" for name, weight in picture.loras]
+    told = [f"{short_name(name)} {weight:g}{_calls(name)}" for name, weight in picture.loras]
     return f"<p>LoRAs: {plain(', '.join(told))}</p>" if told else ""
 
 

@@ -18,6 +18,11 @@ _MAX_FILES = 20_000
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
+def short_name(name: str) -> str:
+    """What a LoRA of a request is called for short: without folder and ``.safetensors``, other dots and all."""
+    return Path(name).name.removesuffix(SUFFIX)
+
+
 def search_folders(extra_dirs: Iterable[str | Path] = ()) -> tuple[Path, ...]:
     """Folders that are searched, first hit wins: ``extra_dirs``, then ``STUDIO_LORA_PATH``, then the shipped LoRAs."""
     named = [Path(folder).expanduser() for folder in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if folder]

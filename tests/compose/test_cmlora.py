@@ -28,10 +28,6 @@ def three(make_lora: Callable[..., Lora]) -> list[Adapter]:
     return [Adapter(name, make_lora(seed, "attn1 attn2 conv1", size=0.2)) for seed, name in enumerate(("one", "two", "three"))]
 
 
-def shares(steps: int) -> list[float]:
-    return [index / steps for index in range(steps)]
-
-
 def test_refresh_steps_of_the_paper() -> None:
     for steps, count in ((100, 43), (200, 85), (220, 92)):
         found = refresh_steps(steps)
@@ -54,7 +50,7 @@ def test_weights_sum_to_their_number() -> None:
 
 
 def test_the_course_of_a_run() -> None:
-    course = turns(shares(200), high=[0, 2], low=[1], options=CMLoRAOptions())
+    course = turns(200, high=[0, 2], low=[1], options=CMLoRAOptions())
     fresh = refresh_steps(200)
     assert sum(len(turn.whole) for turn in course) == 3 + len(fresh) - 1 == 87
     rotations = [course[step] for step in fresh]
@@ -75,16 +71,16 @@ def test_the_course_of_a_run() -> None:
 
 
 def test_dominance_of_two_is_clamped() -> None:
-    course = turns(shares(40), high=[0, 1], low=[], options=CMLoRAOptions())
+    course = turns(40, high=[0, 1], low=[], options=CMLoRAOptions())
     assert [course[step].q for step in refresh_steps(40)[:4]] == [1.5, 1.0, 1.0, 1.0]
-    kept = turns(shares(40), high=[0, 1], low=[], options=CMLoRAOptions(decay=0))
+    kept = turns(40, high=[0, 1], low=[], options=CMLoRAOptions(decay=0))
     assert {turn.q for turn in kept} == {1.5}
-    told = turns(shares(40), high=[0, 1], low=[], options=CMLoRAOptions(dominance=4, decay=0.5))
+    told = turns(40, high=[0, 1], low=[], options=CMLoRAOptions(dominance=4, decay=0.5))
     assert [told[step].q for step in refresh_steps(40)[:3]] == [4, 3.75, 3.625]
 
 
 def test_orders_to_compare_with() -> None:
-    steps = shares(50)
+    steps = 50
     reverse = turns(steps, [0, 2], [1], CMLoRAOptions(order="reversed"))
     assert {turn.dominant for turn in reverse[:30]} == {1}
     assert {turn.dominant for turn in reverse[32:]} == {0, 2}
@@ -97,12 +93,12 @@ def test_orders_to_compare_with() -> None:
 
 
 def test_a_largest_age_renews_what_does_not_dominate() -> None:
-    course = turns(shares(40), [0], [1, 2], CMLoRAOptions(max_age=4))
+    course = turns(40, [0], [1, 2], CMLoRAOptions(max_age=4))
     age = dict.fromkeys(range(3), 0)
     for turn in course:
         age = {k: 0 if k in turn.whole else a + 1 for k, a in age.items()}
         assert max(age.values()) <= 4
-    stale = turns(shares(40), [0], [1, 2], CMLoRAOptions())
+    stale = turns(40, [0], [1, 2], CMLoRAOptions())
     assert [turn.whole for turn in stale if set(turn.whole) & {1, 2}][:3] == [(0, 1, 2), (2,), (1,)]
     assert [turn.whole == (2,) for turn in stale].index(True) == 24
 
@@ -269,7 +265,28 @@ def test_the_phase_is_a_noise_level_when_starting_from_a_picture(sample: Sample,
 
     method = CMLoRA.of(high="one,two")
     sample(method, three, steps=20, start=Start(latents=torch.zeros(1, 8, 8, 16), strength=0.5))
-    assert [turn.dominant for turn in method.course[:4]] == [0, 0, 2, 2]
+    assert [turn.dominant for turn in method.course[:4]] == [0, 0, 0, 2]  # the refresh of step 13 is the first beyond 0.6
+
+
+def test_refreshes_keep_their_noise_levels_when_starting_from_a_picture() -> None:
+    options = CMLoRAOptions(order="rotation")
+    whole = refresh_steps(20)
+    course = turns(10, [0, 1, 2], [], options, skipped=10)
+    assert [index for index, turn in enumerate(course) if turn.whole] == [0, *(i - 10 for i in whole if i > 10)]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"breaks": "0.9,0.1"}, "the first must not be the larger"),
+        ({"order": "random", "high": "one"}, "'high' does nothing with order='random'"),
+        ({"order": "rotation", "phase": 0.5}, "'phase' does nothing with order='rotation'"),
+        ({"seed": 3}, "'seed' does nothing with order='paper'"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        CMLoRA.of(**options)
 
 
 def test_a_turn_is_data() -> None:

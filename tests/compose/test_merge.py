@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from compose import method_named
 from compose.bank import Adapter, LoraBank
+from compose.denoise import denoise
 from compose.fuse import HOWS, Recipe, drop, elect, fused, trim
 from compose.lego import clustered, distances, units
 from compose.merge import Merge, at, block_weight
+from compose.text import encode_pair
 from studio.base import Base
 from studio.errors import LoraFileError, RequestError
 from studio.lora.dense import dense
@@ -122,8 +124,37 @@ def test_lego_with_a_cluster_for_every_unit_is_a_weighted_sum() -> None:
     assert change("lego", [(1.0, nothing)]).abs().max() == 0
 
 
+def padded(given: LoraDelta, count: int, noise: float = 0.0) -> LoraDelta:
+    """The same LoRA with ``count`` units more, of the size ``noise``."""
+    down = torch.cat([given.down, noise * some(count, *given.down.shape[1:], seed=7)])
+    up = torch.cat([given.up, noise * some(len(given.up), count, *given.up.shape[2:], seed=8)], 1)
+    return LoraDelta(down, up, given.alpha * len(down) / given.rank)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+@pytest.mark.parametrize("shape", [(10, 8), (6, 4, 3, 3)])
+def test_units_of_no_size_do_not_count_in_lego(shape: tuple[int, ...], noise: float) -> None:
+    one = delta(1, 4, shape)
+    longer = padded(one, 4, noise)
+    assert longer.rank == 8
+    assert len(units(1.0, longer)) == 4
+    torch.testing.assert_close(change("lego", [(1.0, longer)], shape), dense(one), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(change("lego", [(1.0, longer), (1.0, longer)], shape), dense(one), atol=1e-4, rtol=1e-4)
+    nothing = LoraDelta(torch.zeros_like(one.down), torch.zeros_like(one.up), 2.0)
+    torch.testing.assert_close(change("lego", [(1.0, one), (1.0, nothing)], shape), dense(one), atol=1e-4, rtol=1e-4)
+
+
+def test_lego_of_a_hadamard_product_alone_is_itself() -> None:
+    """It enters by a singular value decomposition at the rank it can have at most, which it has not."""
+    factor = some(10, 2)
+    hadamard = LohaDelta(factor, some(2, 8), factor, some(2, 8, seed=1), alpha=2.0)
+    assert torch.linalg.matrix_rank(dense(hadamard), rtol=1e-5) == 3
+    for parts in ([(1.0, hadamard)], [(1.0, hadamard), (1.0, hadamard)]):
+        torch.testing.assert_close(change("lego", parts), dense(hadamard), atol=1e-4, rtol=1e-4)
+
+
 def test_clusters_of_units() -> None:
-    points = units([(1.0, delta(1, 3))])
+    points = units(1.0, delta(1, 3))
     a, b = points[:, :8], points[:, 8:]
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=1))
     torch.testing.assert_close(torch.einsum("ro,ri->oi", b, a), dense(delta(1, 3)))
@@ -204,6 +235,7 @@ def test_weights_by_block(sample: Sample, pair: list[Adapter]) -> None:
     expected = sample(Merge(), [only(pair[0], lambda n: weigh(n, False)), only(pair[1], lambda n: weigh(n, True))])
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (got - sample(Merge(), pair)).abs().max() > 0.01
+    assert torch.equal(sample(Merge.of(blocks=blocks.replace('"up', '"unet.up')), pair), got)
     with pytest.raises(RequestError, match="'blocks' names 'middle', where no LoRA"):
         sample(Merge.of(blocks={"one": {"middle": 0.0}}), pair)
     with pytest.raises(RequestError, match="blocks: is no JSON"):
@@ -217,6 +249,58 @@ def test_the_longest_part_counts() -> None:
     assert block_weight(parts, "unet.up_blocks.2.resnets.0") == 0.5
     assert block_weight(parts, "unet.mid_block.resnets.0") == 1
     assert block_weight({"text_encoder": 0.0}, "text_encoder_2.x") == 1
+    for part in ("unet.up_blocks.1", "up_blocks.1", "unet.up_blocks.1.attentions"):
+        assert block_weight({"unet.up": 0.5, part: 0.2}, "unet.up_blocks.1.attentions.0") == 0.2
+    assert block_weight({"unet.up_blocks.1": 0.2}, "unet.up_blocks.10.attentions.0") == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 0.0), (0.0, 1.0)])
+def test_two_points_at_one_share_are_a_step(before: float, after: float) -> None:
+    points = [(0.0, before), (0.5, before), (0.5, after), (1.0, after)]
+    shares = (0.0, 0.25, 0.49, 0.5, 0.75, 1.0)
+    assert [at(points, share) for share in shares] == [before] * 3 + [after] * 3
+    assert at([(0.5, before), (0.5, after)], 0.2) == before
+
+
+def test_the_text_encoder_follows_the_schedule(
+    base: Base, sample: Sample, pair: list[Adapter], make_lora: Callable[..., Lora], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With LoRAs on the text encoder alone, a factor is a weight; prompts are encoded again only where one of them changes."""
+    texts = [Adapter(a.name, make_lora(seed, "text_encoder", size=0.3), a.weight) for seed, a in enumerate(pair)]
+    half = sample(Merge(), [Adapter("one", texts[0].lora, 0.4), texts[1]])
+    assert (half - sample(Merge(), texts)).abs().max() > 1e-3
+    assert torch.equal(sample(Merge.of(schedule={"one": [(0, 0.5)]}), texts), half)
+    told: list[Tensor] = []
+
+    class Watched(Merge):
+        def predict(self, run: Any, step: Any, x: Tensor) -> Any:
+            told.append(run.positive.states)
+            return super().predict(run, step, x)
+
+    image_only = Adapter("two", make_lora(3, "attn2"), 1.0)
+    steps = {"one": [[0, 1], [0.4, 1], [0.4, 0.5]]}
+    sample(Watched.of(schedule=steps), [texts[0], image_only])
+    assert all(one is told[0] for one in told[:2])
+    assert all(one is told[2] for one in told[2:])
+    assert (told[2] - told[0]).abs().max() > 1e-3
+    told.clear()
+    sample(Watched.of(schedule={"two": [[0, 0], [1, 1]]}), [texts[0], image_only])
+    assert all(one is told[0] for one in told)
+
+
+@pytest.mark.parametrize("options", [{"how": "svd"}, {"weight": 0.5}, {"weight": "1/K"}])
+def test_a_merge_of_weights_needs_a_bank_that_makes_it(base: Base, pair: list[Adapter], options: dict[str, Any]) -> None:
+    texts = encode_pair(base, ["a"], [""])
+    settings: dict[str, Any] = {"seeds": [0], "size": (64, 32), "steps": 1, "guidance": 1.0, "scheduler": "ddim"}
+    with (
+        LoraBank.on(base, pair) as bank,
+        pytest.raises(RequestError, match=r"attached without it: use LoraBank.on\(base, adapters, fuse=method.fuse\)"),
+    ):
+        denoise(base, *texts, bank=bank, method=Merge.of(**options), **settings)
+    with LoraBank.on(base, []) as bank:
+        denoise(base, *texts, bank=bank, method=Merge.of(**options), **settings)
+    with LoraBank.on(base, pair) as bank:
+        denoise(base, *texts, bank=bank, method=Merge(), **settings)
 
 
 def test_weights_over_the_schedule(base: Base, sample: Sample, pair: list[Adapter]) -> None:
@@ -249,6 +333,8 @@ def test_weights_over_the_schedule(base: Base, sample: Sample, pair: list[Adapte
     [
         ({"rank": 4}, "'rank' does nothing with how='sum'"),
         ({"how": "svd", "density": 0.3}, "'density' does nothing with how='svd'"),
+        ({"seed": 3}, "'seed' does nothing with how='sum'"),
+        ({"how": "ties", "seed": 0}, "'seed' does nothing with how='ties'.*: take dare, dare_ties, lego"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], why: str) -> None:

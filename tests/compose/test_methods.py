@@ -248,3 +248,11 @@ def test_guidance_of_means_is_the_mean_of_guided_scores() -> None:
     torch.testing.assert_close(guide(u.mean(0), v.mean(0), 5.0), guide(u, v, 5.0).mean(0))
     assert chunks((4, 5, 6), 2) == [(4, 5), (6,)]
     assert chunks((), 2) == []
+
+
+def test_a_wrong_value_is_told_by_its_own_name_alone() -> None:
+    """Not by those that pydantic gives to the sides of a union."""
+    with pytest.raises(RequestError, match=r"option weight: must be a finite number, got 'nan'$"):
+        method_named("merge", weight="nan")
+    with pytest.raises(RequestError, match=r"option intervals\.0: "):
+        method_named("cmlora", intervals="0,1")

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from compose.bank import Adapter, LoraBank
 from compose.cmlora import CMLoRA
+from compose.layerwise import cross_layers
 from compose.profile import Profile, high_frequency, measure, places, profiled, prompts_for, radial, rings, stored
 from studio.base import Base
-from studio.errors import FileError
+from studio.errors import CancelledError, FileError, RequestError
 from studio.lora.model import Lora
 
 Sample = Callable[..., Tensor]
@@ -51,6 +52,38 @@ def test_a_lora_that_does_nothing_scores_zero_and_the_score_is_of_the_lora(base:
     assert lively == profile_of(base, make_lora(1, size=0.3))
     assert len(lively.curve) == 5
     assert lively.score == pytest.approx(sum(lively.curve[:3]) / 3)
+
+
+@pytest.mark.parametrize("weight", [0.3, -1.0])
+def test_a_profile_is_of_the_lora_at_weight_one(base: Base, make_lora: Callable[..., Lora], weight: float) -> None:
+    lora = make_lora(1, size=0.3)
+    with LoraBank.on(base, [Adapter("x", lora, weight)]) as bank:
+        found = measure(base, bank, 0, prompts=["a red apple"], seeds=[0, 1], steps=5)
+    assert found.curve == pytest.approx(profile_of(base, lora).curve, abs=1e-5)
+
+
+def test_measuring_can_be_cancelled_and_needs_a_weight(base: Base, make_lora: Callable[..., Lora]) -> None:
+    asked: list[bool] = []
+
+    def cancelled() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    with LoraBank.on(base, [Adapter("x", make_lora(1)), Adapter("off", make_lora(2), 0.0)]) as bank:
+        with pytest.raises(CancelledError):
+            profiled(base, bank, 0, cancelled)
+        with pytest.raises(RequestError, match="LoRA 'off' has weight 0"):
+            measure(base, bank, 1)
+    assert len(asked) == 3
+
+
+def test_words_of_a_lora_that_is_off_are_not_read(base: Base, make_lora: Callable[..., Lora]) -> None:
+    """Layer-wise words change the shape of the text, which no layer expects while their LoRA is off."""
+    layers = len(cross_layers(base.unet))
+    words = {"vlim": {"text_encoder": torch.ones(layers, 1, int(base.unet.config.cross_attention_dim))}}
+    off = replace(make_lora(2), tokens=words)
+    with LoraBank.on(base, [Adapter("x", make_lora(1)), Adapter("off", off, 0.0)]) as bank:
+        assert measure(base, bank, 0, prompts=["a red apple"], seeds=[0], steps=3).curve
 
 
 def test_profiles_are_kept_beside_the_file_or_in_the_cache(

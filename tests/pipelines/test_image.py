@@ -238,6 +238,31 @@ def test_memory_that_runs_out_is_tried_in_smaller_rounds(quick: dict[str, Any], 
         generate("a cat", **quick)
 
 
+@pytest.mark.parametrize(("method", "tries"), [("merge", 1), ("composite", 2)])
+def test_memory_that_runs_out_lets_fewer_loras_act_at_once(
+    quick: dict[str, Any], tmp_path: Path, make_lora: MakeLora, monkeypatch: pytest.MonkeyPatch, method: str, tries: int
+) -> None:
+    real, seen = pipelines.image.denoise, []
+    loras = [write(tmp_path / f"{seed}.safetensors", make_lora(seed)) for seed in range(3)]
+    with_room = generate("a cat", **quick, loras=loras, method=method)
+
+    def tight(*args: Any, **settings: Any) -> torch.Tensor:
+        seen.append(settings["room"])
+        if settings["room"] > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return real(*args, **settings)
+
+    monkeypatch.setattr(pipelines.image, "denoise", tight)
+    if tries == 1:
+        with pytest.raises(OutOfMemoryError):
+            generate("a cat", **quick, loras=loras, method=method)
+    else:
+        result = generate("a cat", **quick, loras=loras, method=method)
+        assert result.notes == ["memory was short: each forward had one LoRA at a time"]
+        assert np.abs(pixels(result.images[0]) - pixels(with_room.images[0])).max() <= 1
+    assert len(seen) == tries
+
+
 def test_a_picture_that_does_not_fit_is_decoded_in_tiles(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = generate("a cat", **{**quick, "size": (96, 96)})
     monkeypatch.setattr(pipelines.memory, "vae_bytes", lambda base, size: 10**15 if size == (96, 96) else 0)
