@@ -99,7 +99,10 @@ def smaller(config: ConceptConfig) -> str:
     """A sentence on what would need less memory."""
     advice = []
     if config.batch > 1:
-        advice.append(f"batch {config.batch // 2} with accumulation {config.accumulation * 2}")
+        half = config.batch // 2
+        # Rows of consistency are rows of the batch: more than it has are refused.
+        rows = f" and prior_batch {half}" if config.prior != "images" and (config.prior_batch or 0) > half else ""
+        advice.append(f"batch {half}{rows} with accumulation {config.accumulation * 2}")
     if not config.gradient_checkpointing:
         advice.append("gradient_checkpointing true")
     if config.precision == "fp32":

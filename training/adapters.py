@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,25 +34,28 @@ SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
 RESNETS = r"resnets\.\d+\.conv"
 TEXT_ATTENTION = r"\.self_attn\.(q|k|v|out)_proj$"
 TEXT_FEED_FORWARD = r"\.mlp\.fc[12]$"
+ADVICE = "names are diffusers', such as 'up_blocks.1' or 'mid_block'"
+"""For patterns that match nothing: they are often those of another trainer, such as ``input_blocks``."""
 
 
 def target_names(model: nn.Module, targets: str | Sequence[str], rates: Mapping[str, float]) -> list[str]:
     """Names of the UNet layers a LoRA goes to: linear layers and convolutions selected by ``targets``, without those of rate 0.
 
     Raises:
-        RequestError: nothing is selected.
+        RequestError: nothing is selected, or a pattern of ``targets`` or ``rates`` is in no name.
     """
-    patterns = {
+    patterns: tuple[str, ...] = {
         "attn": (ATTENTION,),
         "attn+ff": (ATTENTION, FEED_FORWARD),
         "image": (SELF_ATTENTION, FEED_FORWARD, RESNETS),
         "all": ("",),
     }.get(targets if isinstance(targets, str) else "", (targets,) if isinstance(targets, str) else tuple(targets))
-    chosen = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(re.search(pattern, name) for pattern in patterns)
-    ]
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not isinstance(targets, str) and (lost := _in_none(patterns, every)) is not None:
+        raise RequestError(f"targets holds '{lost}', which is in the name of no layer of this base: {ADVICE}")
+    chosen = [name for name in every if any(re.search(pattern, name) for pattern in patterns)]
+    if chosen and (lost := _in_none(rates, chosen)) is not None:
+        raise RequestError(f"block_rates holds '{lost}', which is in the name of no layer that targets select: {ADVICE}")
     chosen = [name for name in chosen if rate_factor(name, rates) > 0]
     if not chosen:
         shown = targets if isinstance(targets, str) else ", ".join(targets)
@@ -60,6 +63,11 @@ def target_names(model: nn.Module, targets: str | Sequence[str], rates: Mapping[
             f"targets '{shown}' select no layer of this base: use {', '.join(SECTIONS)} or patterns such as 'attn2'"
         )
     return chosen
+
+
+def _in_none(patterns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first of ``patterns`` that none of ``names`` holds."""
+    return next((pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)), None)
 
 
 def text_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -81,7 +89,7 @@ def chosen_layers(base: Base, config: ConceptConfig) -> dict[str, list[str]]:
     """Per model of ``base`` the layers that get a LoRA.
 
     Raises:
-        RequestError: nothing selected, or a rank no selected layer can use.
+        RequestError: nothing selected, a pattern that matches no layer, or a rank no selected layer can use.
     """
     models = base.models()
     chosen: dict[str, list[str]] = {}
@@ -149,7 +157,7 @@ class Adapters:
             return config.learning_rate
         if model == "word" and self.word is not None:
             return config.token_learning_rate or self.word.rates[name]
-        return config.learning_rate / 2 if config.text_learning_rate is None else config.text_learning_rate
+        return config.text_rate
 
     def held(self) -> AbstractContextManager[None]:
         """Around an optimiser step: what has learnt enough stays as it is."""

@@ -67,6 +67,12 @@ class Captions:
             self.texts.append(text)
         return self._numbers[text]
 
+    def forget(self, count: int) -> None:
+        """Leave the first ``count`` captions; the numbers of the others are given anew, since shuffled ones have no end."""
+        for text in self.texts[count:]:
+            del self._numbers[text]
+        del self.texts[count:]
+
     def warm(self) -> None:
         """Encode every caption known so far; those that come later, such as shuffled ones, are read when they are needed."""
         if self.keep and self._table is None:

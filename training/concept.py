@@ -8,6 +8,7 @@ of n-fold accumulation.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -176,6 +177,7 @@ class _Run:
                 keep=config.cache_latents,
             )
         self.prompts = [self.captions.number(text) for text in plan.prior_captions] if config.prior == "consistency" else []
+        self.lasting = len(self.captions.texts)
         if config.train_text == "none" or self.prompts:
             self.captions.warm()  # before autocast, whatever the precision
         device = self.accelerator.device
@@ -244,13 +246,12 @@ class _Run:
             parts = [losses[name].detach() for name in ("denoising", "prior") if name in losses]
             total[: len(parts)] += torch.stack(parts) / config.accumulation
         loss, prior = accelerator.reduce(total, "mean").tolist()
-        if loss != loss or abs(loss) == float("inf"):
-            raise NumericsError(
-                f"the loss became {loss} at step {self.step + 1}: lower learning_rate (now {config.learning_rate:g})"
-                + (", or use precision bf16" if config.precision == "fp16" else "")
-            )
+        self._check_finite("the loss", loss)
+        self._check_finite("the prior's loss", prior)
         if config.clip:
-            accelerator.clip_grad_norm_(list(self.adapters.weights().values()), config.clip)
+            norm = accelerator.clip_grad_norm_(list(self.adapters.weights().values()), config.clip)
+            if norm is not None and accelerator.scaler is None:  # a scaler leaves such a step out by itself
+                self._check_finite("the norm of the gradients", float(norm))
         share = rate_share(self.step, self.plan.steps, config.warmup, config.schedule, config.cycles)
         set_rate(self.optimizer.optimizer, share)
         with self.adapters.held():
@@ -258,16 +259,26 @@ class _Run:
         self.optimizer.zero_grad()
         return {"loss": loss} | ({"prior": prior} if config.prior != "none" else {})
 
+    def _check_finite(self, what: str, value: float) -> None:
+        """Before the weights follow ``value``, which would spoil them and the checkpoints to come."""
+        config = self.config
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"{what} became {value} at step {self.step + 1}: lower learning_rate (now {config.learning_rate:g})"
+                + (", or use precision bf16" if config.precision == "fp16" else "")
+            )
+
     def _losses(self, index: int) -> Any:
         import torch
 
         from training.batches import PRIOR, stream
 
-        prompts = None
+        self.captions.forget(self.lasting)
+        prompts: tuple[int, ...] = ()
         if self.prompts:
             rows = (self.config.prior_rows,)
             picks = torch.randint(len(self.prompts), rows, generator=stream(self.config.seed, PRIOR, index))
-            prompts = torch.tensor(self.prompts)[picks]
+            prompts = tuple(self.prompts[pick] for pick in picks.tolist())
         return self.objective(self.source.batch(index), self.prior.batch(index) if self.prior else None, prompts)
 
     def _after_step(self, losses: dict[str, float]) -> None:
@@ -305,7 +316,10 @@ class _Run:
         from training.state import find, step_of
 
         found = find(self.config.work)
-        return "nothing was kept" if found is None else f"run it again to go on from step {step_of(found)}"
+        if found is None:
+            return "nothing was kept"
+        same = " without restart" if self.config.restart else ""
+        return f"run it again{same} to go on from step {step_of(found)}"
 
     def _finish(self) -> None:
         from training.export import write

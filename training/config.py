@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from studio.errors import RequestError, UnknownNameError
 from studio.paths import EMBEDDED
+from training.idle import idle
 from training.names import FOREIGN_NAMES, SPELLINGS
 
 SECTIONS = ("attn", "attn+ff", "image", "all")
@@ -239,6 +240,8 @@ class ConceptConfig(BaseModel):
         if not isinstance(value, str):
             return value
         plain = value.lower().replace("-", "_")
+        if plain == "sgdnesterov":
+            raise ValueError(f"optimizer '{value}' is two options here: optimizer 'sgd', and nesterov: true in optimizer_args")
         return SPELLINGS.get(plain, plain)
 
     @field_validator("optimizer_args", mode="before")
@@ -275,10 +278,8 @@ class ConceptConfig(BaseModel):
                 )
         if self.text_learning_rate is not None and not self.text_lora:
             raise ValueError(f"text_learning_rate is given but train_text is '{self.train_text}': set train_text to 'lora'")
-        for key in ("token_init", "token_learning_rate"):
-            if getattr(self, key) and not self.words:
-                raise ValueError(f"{key} is given but train_text is '{self.train_text}': set train_text to 'embedding'")
-        self._effective()
+        if nothing := idle(self):
+            raise ValueError(nothing)
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError(
                 f"max_timestep {self.max_timestep} is not above min_timestep {self.min_timestep}, so no noise would be learnt: "
@@ -288,19 +289,6 @@ class ConceptConfig(BaseModel):
             raise ValueError("train_unet is off and train_text is 'none', so nothing would be learnt: set one of them")
         self._one_rate()
         return self
-
-    def _effective(self) -> None:
-        """An option that would do nothing is a misunderstanding."""
-        for key, needed, idle in (
-            ("keep_tokens", "shuffle_caption to true", not self.shuffle_caption),
-            ("unmasked_weight", "masks to a folder or 'alpha'", self.masks is None),
-            ("huber_c", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
-            ("huber_schedule", "loss to 'huber' or 'smooth_l1'", self.loss == "l2"),
-            ("sigmoid_scale", "timestep_sampling to 'sigmoid'", self.timestep_sampling == "uniform"),
-            ("keep_last", "save_every to a number of steps", not self.save_every),
-        ):
-            if idle and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is given but would do nothing: set {needed}, or leave it out")
 
     def _one_rate(self) -> None:
         """Prodigy finds one rate for everything."""
@@ -329,6 +317,11 @@ class ConceptConfig(BaseModel):
     def strength(self) -> float:
         """Alpha as used: the rank when none is given."""
         return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def text_rate(self) -> float:
+        """Learning rate of the text encoder's LoRA as used; Prodigy has one for everything."""
+        return self.text_learning_rate or self.learning_rate / (1 if self.optimizer == "prodigy" else 2)
 
     @property
     def template(self) -> str:

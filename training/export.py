@@ -34,9 +34,9 @@ def metadata(plan: Plan, step: int) -> dict[str, str]:
     """Our keys, sd-scripts' ``ss_*`` and ``modelspec.*``. No date, machine or folder: equal runs give equal files."""
     config, family = plan.config, plan.base.family.name
     identity = plan.identity()
-    sizes = sorted(plan.buckets)
+    largest = max(plan.buckets, key=lambda size: (size[0] * size[1], size))
     optional = {
-        "ss_text_encoder_lr": config.text_learning_rate or config.learning_rate / 2 if config.text_lora else None,
+        "ss_text_encoder_lr": config.text_rate if config.text_lora else None,
         "ss_min_snr_gamma": config.min_snr,
         "ss_caption_dropout_rate": config.caption_dropout or None,
         "ss_noise_offset": config.noise_offset or None,
@@ -60,7 +60,7 @@ def metadata(plan: Plan, step: int) -> dict[str, str]:
         "studio.config": json.dumps(identity, sort_keys=True),
         "studio.config_sha256": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         "modelspec.title": config.output.stem,
-        "modelspec.resolution": f"{max(sizes)[0]}x{max(sizes)[1]}",
+        "modelspec.resolution": f"{largest[0]}x{largest[1]}",
         "modelspec.trigger_phrase": f"{config.trigger} {config.class_word}".strip(),
         "modelspec.prediction_type": {"v_prediction": "v"}.get(plan.base.scheduler.config["prediction_type"], "epsilon"),
         "ss_output_name": config.output.stem,
@@ -79,7 +79,7 @@ def metadata(plan: Plan, step: int) -> dict[str, str]:
         "ss_gradient_checkpointing": config.gradient_checkpointing,
         "ss_mixed_precision": {"fp32": "no"}.get(config.precision, config.precision),
         "ss_seed": config.seed,
-        "ss_resolution": json.dumps(max(sizes)),
+        "ss_resolution": json.dumps(largest),
         "ss_enable_bucket": config.buckets,
         "ss_tag_frequency": json.dumps({config.data.name: dict(Counter(plan.captions).most_common(TAGS))}, sort_keys=True),
     }

@@ -83,7 +83,6 @@ SPELLINGS = {
     "cosine_with_min_lr": "cosine",
     "adamw_8bit": "adamw8bit",
     "lion_8bit": "lion8bit",
-    "sgdnesterov": "sgd",
     "mse": "l2",
     "logit_normal": "sigmoid",
 }

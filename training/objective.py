@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,15 +41,16 @@ class Objective(nn.Module):
         self._abar: Tensor = base.scheduler.alphas_cumprod.to(device)
         self._kind = str(base.scheduler.config["prediction_type"])
 
-    def forward(self, batch: Batch, prior: Batch | None = None, prompts: Tensor | None = None) -> Mapping[str, Tensor]:
+    def forward(self, batch: Batch, prior: Batch | None = None, prompts: Sequence[int] = ()) -> Mapping[str, Tensor]:
         """``loss`` to minimise, and its parts ``denoising`` and ``prior`` for the log.
 
         Args:
             batch: rows of the concept.
             prior: rows of class pictures.
-            prompts: caption numbers for consistency, one for each of the first rows of ``batch``.
+            prompts: caption numbers for consistency, one for each of the first rows of ``batch``. No tensor: among several
+                processes that would be brought to the card, where those of ``batch``, inside a dataclass, are not.
         """
-        losses = {"denoising": self._denoising(batch)} if prompts is None else self._held(batch, prompts)
+        losses = {"denoising": self._denoising(batch)} if not prompts else self._held(batch, torch.tensor(prompts))
         if prior is not None:
             losses["prior"] = self._denoising(prior)
         total = losses["denoising"] + self._config.prior_weight * losses["prior"] if "prior" in losses else losses["denoising"]

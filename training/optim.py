@@ -20,7 +20,7 @@ PACKAGES = {"adamw8bit": "bitsandbytes", "lion8bit": "bitsandbytes", "lion": "li
 """Optimisers that need an optional package."""
 CLASSES = {
     "adamw": ("torch.optim", "AdamW"),
-    "adafactor": ("torch.optim", "Adafactor"),
+    "adafactor": ("transformers.optimization", "Adafactor"),
     "sgd": ("torch.optim", "SGD"),
     "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
     "lion8bit": ("bitsandbytes.optim", "Lion8bit"),
@@ -29,6 +29,8 @@ CLASSES = {
 }
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
     "adamw": {"betas": (0.9, 0.99)},
+    # Rates as given: scaled by the size of the weights a LoRA would learn next to nothing: half of it begins at zero.
+    "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False},
     "sgd": {"momentum": 0.9},
     "prodigy": {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True},
 }
@@ -92,9 +94,15 @@ def check_optimizer(config: ConceptConfig) -> None:
 
 def make_optimizer(config: ConceptConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser ``config`` names over parameter ``groups``."""
-    arguments = {**CHOSEN.get(config.optimizer, {}), **config.optimizer_args}
-    made: torch.optim.Optimizer = _class(config.optimizer)(groups, weight_decay=config.weight_decay, **arguments)
+    # Every group has a rate of its own; it is told here too, or arguments that would pass it over would not be refused.
+    own = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    made: torch.optim.Optimizer = _class(config.optimizer)(groups, **own, **optimizer_arguments(config))
     return made
+
+
+def optimizer_arguments(config: ConceptConfig) -> dict[str, Any]:
+    """Ours, and those of ``config``, which win."""
+    return {**CHOSEN.get(config.optimizer, {}), **config.optimizer_args}
 
 
 def _class(name: str) -> Any:

@@ -12,12 +12,13 @@ from compose.finder import says
 from studio.errors import FileError, RequestError
 from studio.prompts import article
 from training.accelerators import check_device, launched, launcher_notes
+from training.checks import check_settled, timesteps
 from training.config import ConceptConfig
 from training.dataset import Picture, bucket_of, bucket_sizes, digest, read_folder, with_trigger, without_trigger
 from training.losses import Levels
 from training.masks import check_masks, with_masks
 from training.names import LATER, NEUTRAL
-from training.optim import check_optimizer
+from training.optim import check_optimizer, optimizer_arguments
 
 if TYPE_CHECKING:
     from studio.base import Base
@@ -56,7 +57,7 @@ class Plan:
         config = self.config
         return Levels(
             low=config.min_timestep,
-            high=_timesteps(self.base) if config.max_timestep is None else config.max_timestep,
+            high=timesteps(self.base) if config.max_timestep is None else config.max_timestep,
             spread=config.sigmoid_scale if config.timestep_sampling == "sigmoid" else None,
         )
 
@@ -73,6 +74,8 @@ class Plan:
         """What makes this run the same run when it is resumed, and what its file records. Folders are given by name alone."""
         values = self.config.model_dump(mode="json", exclude=set(NEUTRAL | LATER))
         values |= self.config.model_dump(mode="json", include=set(LATER), exclude_defaults=True)
+        if self.config.optimizer == "adafactor":  # runs of before had others, and state that cannot be gone on from
+            values["optimizer_args"] = optimizer_arguments(self.config)
         if self.start.sha256:
             values["start_from"] = self.start.sha256
         values["data"] = self.config.data.name
@@ -167,7 +170,7 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
     from training.adapters import chosen_layers
     from training.start import start_of
     from training.text import known_words, lengths
-    from training.words import check_words, reading_of
+    from training.words import check_words, full_at_start, reading_of
 
     if known_words(base, config.trigger) and not config.allow_known_trigger:
         raise RequestError(
@@ -176,7 +179,7 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         )
     layers = chosen_layers(base, config)
     captions, notes = _captions(config, pictures)
-    _check_settled(config, base)
+    check_settled(config, base)
     if config.words:
         check_words(base, config, captions)
     sizes = _sizes(config, base)
@@ -217,6 +220,12 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
             f"{len(long)} captions are longer than caption_chunks {config.caption_chunks} reads and are cut, first '{long[0]}'"
             f" (it would take {filled[texts.index(long[0])]})"
         )
+    start = start_of(base, config, layers)
+    if full_at_start(base, config, start.weights):
+        notes.append(
+            f"the words of start_from are as long as token_norm {config.token_norm:g} lets them grow and stay as they are: to "
+            "go on learning them, raise token_norm or set it to null"
+        )
     return Plan(
         config=config,
         base=base,
@@ -228,37 +237,9 @@ def prepare(config: ConceptConfig, base: Base | None = None, device: Any = None,
         prior_pictures=prior,
         prior_captions=prior_captions,
         chunks=config.caption_chunks if max(filled) > 1 else 1,
-        start=start_of(base, config, layers),
+        start=start,
         notes=tuple(notes),
     )
-
-
-def _check_settled(config: ConceptConfig, base: Base) -> None:
-    """The checks of values that base and kind may have chosen.
-
-    Raises:
-        RequestError: more prior rows than the batch has, a layer that the text encoder lacks, or timesteps that the base lacks.
-    """
-    steps = _timesteps(base)
-    for key in ("min_timestep", "max_timestep"):
-        value, most = getattr(config, key), steps - (key == "min_timestep")
-        if value is not None and value > most:
-            raise RequestError(f"{key} {value} is more than the {steps} timesteps of '{base.name}' allow: give at most {most}")
-    if config.prior == "consistency" and config.prior_rows > config.batch:
-        raise RequestError(
-            f"prior_batch {config.prior_rows} is more than batch {config.batch}, but prior 'consistency' compares rows of the "
-            f"batch itself: give at most {config.batch}"
-        )
-    encoders: list[Any] = [model for key, model in base.models().items() if key != "unet"]
-    layers = min(int(encoder.config.num_hidden_layers) for encoder in encoders)
-    if config.clip_skip > layers:
-        raise RequestError(
-            f"clip_skip {config.clip_skip} is more than the {layers} layers of the text encoder of '{base.name}'"
-        )
-
-
-def _timesteps(base: Base) -> int:
-    return int(base.scheduler.config["num_train_timesteps"])
 
 
 def _load(config: ConceptConfig, device: Any) -> Base:

@@ -44,7 +44,7 @@ class Reader:
             found = encode_layers(self.base, rows, self.count, self._layers, self.clip_skip)
         else:
             found = encode_chunks(self.base, rows, self.count, self.clip_skip)
-        return found.rows([single.index(text) for text in texts])
+        return unsaid(found, single).rows([single.index(text) for text in texts])
 
     @torch.no_grad()
     def read_frozen(self, texts: Sequence[str]) -> Encoded:
@@ -64,6 +64,15 @@ class Reader:
                 known.clear()
             known[text] = literal(self._words[name], text, self.count)
         return known[text]
+
+
+def unsaid(read: Encoded, texts: Sequence[str]) -> Encoded:
+    """``read`` of ``texts`` with zeros where there is nothing to say, on a base with pooled vectors: generation has them there
+    (:func:`compose.text.encode_pair`), so that is what a caption left empty has to teach."""
+    if read.pooled is None:
+        return read
+    said = torch.tensor([bool(text.strip()) for text in texts], device=read.states.device)
+    return Encoded(states=read.states * said[:, None, None], ids=read.ids, pooled=read.pooled * said[:, None])
 
 
 def moved(text: Encoded, device: torch.device | str, dtype: torch.dtype | None = None) -> Encoded:

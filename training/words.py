@@ -69,7 +69,7 @@ class LearntWord:
             vectors[encoder] = nn.Parameter(rows.to(base.device))
             rates[encoder] = float(table.std()) * RATE_PER_SPREAD
             if config.token_norm:
-                limits[encoder] = config.token_norm * float(table.norm(dim=-1).mean())
+                limits[encoder] = limit_of(table, config.token_norm)
         return cls(config.trigger, vectors, limits, rates)
 
     @property
@@ -115,6 +115,25 @@ def start(table: Tensor, ids: Sequence[int], count: int, generator: torch.Genera
 def full_length(rows: Tensor, limit: float | None) -> bool:
     """Whether the mean length of the vectors ``[..., d]`` has reached ``limit``."""
     return limit is not None and float(rows.detach().norm(dim=-1).mean()) >= limit
+
+
+def limit_of(table: Tensor, norm: float) -> float:
+    """The mean length at which vectors stop: ``norm`` times that of the base's own words, ``table [n, d]``."""
+    return norm * float(table.norm(dim=-1).mean())
+
+
+def full_at_start(base: Base, config: ConceptConfig, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the vectors among ``weights``, by the names of a :class:`~training.start.Start`, have reached their full length
+    in a text encoder, where they would stay as they are."""
+    if not config.token_norm:
+        return False
+    for encoder, model in base.models().items():
+        rows = weights.get(f"word.{encoder}")
+        if rows is not None:
+            table = model.get_input_embeddings().weight.detach().float()  # type: ignore[operator]
+            if full_length(rows, limit_of(table, config.token_norm)):
+                return True
+    return False
 
 
 def check_words(base: Base, config: ConceptConfig, captions: Sequence[str]) -> None:

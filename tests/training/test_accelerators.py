@@ -12,7 +12,7 @@ import torch
 from studio.errors import RequestError
 from tests.training.conftest import Configure
 from training import describe
-from training.accelerators import accelerator_for, launched, launcher_notes
+from training.accelerators import accelerator_for, launched, launcher_notes, smaller
 
 
 @pytest.fixture
@@ -91,6 +91,19 @@ def test_the_device_of_one_training_does_not_stick_to_the_next(configure: Config
     PartialState._shared_state["device"] = torch.device("meta")  # as somebody else may have left it
     with accelerator_for(configure()) as accelerator:
         assert accelerator.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch": 8}, "try batch 4 with accumulation 2, gradient"),
+        ({"batch": 8, "prior_batch": 8}, "try batch 4 and prior_batch 4 with accumulation 2, gradient"),
+        ({"batch": 8, "prior_batch": 4}, "try batch 4 with accumulation 2, gradient"),
+        ({"batch": 8, "prior_batch": 8, "prior": "images", "prior_data": "class"}, "try batch 4 with accumulation 2, gradient"),
+    ],
+)
+def test_what_would_need_less_memory_is_not_refused(configure: Configure, changes: dict[str, Any], said: str) -> None:
+    assert said in smaller(configure(**changes))
 
 
 @pytest.mark.parametrize(

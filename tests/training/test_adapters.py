@@ -66,6 +66,26 @@ def test_patterns_select_rates_and_leave_out(base: Base) -> None:
         target_names(base.unet, "nonsense", {})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"targets": ("attn2", "input_blocks")}, "targets holds 'input_blocks', which is in the name of no layer of this base"),
+        (
+            {"block_rates": {"up_blocks": 0.5, "ouput_blocks": 0}},
+            "block_rates holds 'ouput_blocks', which is in the name of no",
+        ),
+        ({"targets": "attn", "block_rates": {"conv_in": 0.5}}, "of no layer that targets select: names are diffusers'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_named(
+    base: Base, configure: Configure, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        chosen_layers(base, configure(**changes))
+    assert said in str(caught.value)
+    chosen_layers(base, configure(targets=("attn2", "conv_in"), block_rates={"attn2": 0, "mid_block": 2.0}))
+
+
 def test_a_rank_no_layer_can_use_is_refused(base: Base, configure: Configure) -> None:
     with pytest.raises(RequestError, match=r"rank 500 is more than .* at most 48"):
         chosen_layers(base, configure(rank=500))

@@ -14,7 +14,7 @@ from studio.base import Base
 from studio.lora.files import read_header
 from tests.training.conftest import Configure
 from training import describe, train_concept
-from training.batches import shuffled
+from training.batches import Captions, shuffled
 from training.progress import Progress
 from training.text import Reader
 
@@ -54,6 +54,26 @@ def test_shuffled_captions_train_and_resume_alike(configure: Configure, pictures
         train_concept(configure(**changes), killed)
     again = train_concept(configure(**changes), quiet)
     assert "resumed at step 2" in again.notes and again.path.read_bytes() == bits
+
+
+def test_shuffled_captions_are_forgotten_with_their_batch(
+    configure: Configure, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in pictures.glob("*.txt"):
+        text.write_text(TAGS, "utf-8")
+    known: list[list[str]] = []
+    forget = Captions.forget
+
+    def watched(self: Captions, count: int) -> None:
+        known.append(list(self.texts))
+        forget(self, count)
+        assert len(self.texts) == count and all(self.number(text) == index for index, text in enumerate(self.texts))
+
+    monkeypatch.setattr(Captions, "forget", watched)
+    train_concept(configure(shuffle_caption=True, steps=12, prior="consistency"), quiet)
+    first = len(known[0])
+    assert len({text for texts in known for text in texts[first:]}) > 4
+    assert all(len(texts) <= first + 4 for texts in known)
 
 
 def test_several_chunks_are_read_as_generation_reads_them(base: Base) -> None:

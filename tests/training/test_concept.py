@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 import training
 from studio.base import Base
-from studio.errors import CancelledError, FileError, NumericsError, OutOfMemoryError, RequestError, StudioError
+from studio.errors import CancelledError, FileError, OutOfMemoryError, RequestError, StudioError
 from studio.lora.files import load_lora, read_header
 from studio.lora.model import Lora
 from tests.training.conftest import Configure, draw
@@ -43,21 +42,6 @@ def test_a_lora_is_learnt_and_fits_the_base(configure: Configure, base: Base) ->
     assert lora.trigger == "zqx"
     assert not config.work.exists()
     assert not any("lora" in name for name, _ in base.unet.named_modules())
-
-
-def test_metadata_says_where_it_comes_from(configure: Configure, base: Base) -> None:
-    config = configure(steps=1, min_snr=None)
-    metadata = read_header(train_concept(config, quiet).path).metadata
-    assert metadata["studio.trigger"] == "zqx"
-    assert metadata["studio.class_word"] == "apple"
-    assert metadata["studio.base_sha256"] == base.sha256
-    assert metadata["studio.family"] == "embedded"
-    assert metadata["studio.kind"] == "concept"
-    assert metadata["modelspec.trigger_phrase"] == "zqx apple"
-    assert (metadata["ss_network_dim"], metadata["ss_steps"], metadata["ss_num_train_images"]) == ("2", "1", "5")
-    assert json.loads(metadata["studio.config"])["learning_rate"] == config.learning_rate
-    assert json.loads(metadata["ss_tag_frequency"])["pictures"] == {"a zqx apple on the left": 2, "a zqx apple on the right": 3}
-    assert str(config.output.parent) not in json.dumps(metadata)
 
 
 def test_previews_come_after_saving_see_a_plain_base_and_change_nothing(configure: Configure, base: Base) -> None:
@@ -169,6 +153,9 @@ def test_cancelling_keeps_a_checkpoint_and_resuming_ends_with_the_same_file(conf
     assert "resumed at step 3" in resumed.notes
     assert resumed.path.read_bytes() == wanted
     assert resumed.losses == whole.losses
+    with pytest.raises(CancelledError, match="stopped at step 3 of 6: run it again without restart to go on from step 3"):
+        train_concept(configure(steps=6, restart=True), stop)  # with it, the same command would begin anew
+    assert "resumed at step 3" in train_concept(configure(steps=6), quiet).notes
 
 
 def test_resuming_with_other_values_is_refused(configure: Configure, pictures: Path) -> None:
@@ -232,6 +219,8 @@ def test_an_output_that_cannot_be_written_at_the_end_keeps_the_work(
     monkeypatch.setattr("training.export.write", full)
     with pytest.raises(FileError, match="No space left on device: make room, then run it again to go on from step 4"):
         train_concept(configure(save_every=2), quiet)
+    with pytest.raises(FileError, match="make room, then run it again without restart to go on from step 4"):
+        train_concept(configure(restart=True), quiet)
     monkeypatch.undo()
     assert train_concept(configure(), quiet).path.exists()
 
@@ -318,11 +307,6 @@ def test_output_that_is_a_folder(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").mkdir()
     with pytest.raises(FileError, match="is a folder"):
         train_concept(configure(output=tmp_path / "x.safetensors"), quiet)
-
-
-def test_a_diverging_run_says_so(configure: Configure) -> None:
-    with pytest.raises(NumericsError, match="lower learning_rate"):
-        train_concept(configure(learning_rate=10.0, clip=0, optimizer="sgd", steps=200, rank=16, alpha=1e6), quiet)
 
 
 def test_out_of_memory_says_what_would_fit(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.utils import _to_kwargs
 
 from studio.base import Base
 from tests.training.conftest import Configure
@@ -23,19 +24,21 @@ def test_a_forward_of_both_is_one_of_each(configure: Configure, base: Base, trai
         captions.number(text)
     latents, noise = (torch.randn(4, 8, 16, 16, generator=draw) for _ in range(2))
     batch = Batch(latents=latents, noise=noise, t=torch.tensor([900, 40, 500, 300]), captions=torch.tensor([0, 1, 1, 0]))
-    prompts, abar = torch.tensor([2, 3]), base.scheduler.alphas_cumprod
+    prompts, abar = (2, 3), base.scheduler.alphas_cumprod
     with attached(base, config) as adapters:
         weights = list(adapters.weights().values())
         for weight in weights:
             torch.nn.init.normal_(weight, std=0.05, generator=draw)
         objective = Objective(base, adapters, captions, config, torch.device("cpu")).train()
+        (arguments,), _ = _to_kwargs((batch, None, prompts), {}, torch.device("meta"), False)
+        assert objective(*arguments)["loss"].isfinite()  # what a process with a card of its own is given
         losses = objective(batch, prompts=prompts)
         together = torch.autograd.grad(losses["loss"], weights)
 
         noised = add_noise(latents, noise, batch.t, abar)[:2]
         with torch.no_grad(), adapters.absent():
-            teacher = base.unet(noised, batch.t[:2], captions.states(prompts).states).sample
-        said = base.unet(noised, batch.t[:2], Reader(base).read(captions.called(prompts)).states).sample
+            teacher = base.unet(noised, batch.t[:2], captions.states(torch.tensor(prompts)).states).sample
+        said = base.unet(noised, batch.t[:2], Reader(base).read(captions.called(torch.tensor(prompts))).states).sample
         squares = (said - teacher).square().flatten(1).mean(1)
         prior = (squares * min_snr_weights(batch.t[:2], abar, config.min_snr)).mean()
         apart = objective(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -13,6 +14,7 @@ import torch
 from studio.errors import MissingDependencyError, RequestError, UnknownNameError
 from tests.training.conftest import Configure
 from training.optim import FINAL_RATE, PACKAGES, check_optimizer, make_optimizer, rate_share, rates
+from training.plan import prepare
 
 
 def shares(schedule: str, cycles: int = 1) -> list[float]:
@@ -49,6 +51,47 @@ def test_an_optimiser_goes_downhill(configure: Configure, name: str) -> None:
         weight.square().sum().backward()
         optimizer.step()
     assert float(weight.detach().abs().max()) < 1.7
+
+
+def learnt_up(configure: Configure, name: str, pause: int | None = None) -> torch.Tensor:
+    """What 60 steps on the same gradients make of a LoRA's ``up``, ``[16, 4]``; through a checkpoint after ``pause``."""
+    config = configure(optimizer=name)
+    draw = torch.Generator().manual_seed(0)
+    down = torch.nn.Parameter(torch.randn(4, 16, generator=draw) / 4)
+    up = torch.nn.Parameter(torch.zeros(16, 4))
+    slope = torch.randn(16, 4, generator=draw)
+
+    def fresh() -> torch.optim.Optimizer:
+        return make_optimizer(config, [{"params": [up, down], "lr": 1e-4, "initial_lr": 1e-4}])
+
+    optimizer = fresh()
+    for step in range(60):
+        if step == pause:
+            kept = io.BytesIO()
+            torch.save(optimizer.state_dict(), kept)
+            kept.seek(0)
+            optimizer = fresh()
+            optimizer.load_state_dict(torch.load(kept, weights_only=True))
+        noise = torch.randn(16, 4, generator=draw)
+        up.grad, down.grad = slope + noise, torch.zeros_like(down)
+        optimizer.step()
+    return up.detach()
+
+
+def test_adafactor_learns_what_begins_at_zero_as_fast_as_others(configure: Configure) -> None:
+    """Rates that are scaled by the size of the weights would leave it a thousandth of that."""
+    sizes = {name: float(learnt_up(configure, name).square().mean().sqrt()) for name in ("adamw", "adafactor")}
+    assert 0.1 < sizes["adafactor"] / sizes["adamw"] < 10
+    assert torch.equal(learnt_up(configure, "adafactor", pause=25), learnt_up(configure, "adafactor"))
+
+
+def test_adafactor_s_arguments_are_checked_and_recorded(configure: Configure) -> None:
+    check_optimizer(configure(optimizer="adafactor", optimizer_args={"clip_threshold": 0.5}))
+    with pytest.raises(RequestError, match=r"does not take optimizer_args .*: Cannot combine manual `lr`"):
+        check_optimizer(configure(optimizer="adafactor", optimizer_args={"relative_step": True}))
+    told = prepare(configure(optimizer="adafactor", optimizer_args={"clip_threshold": 0.5})).identity()["optimizer_args"]
+    assert told == {"scale_parameter": False, "relative_step": False, "warmup_init": False, "clip_threshold": 0.5}
+    assert "optimizer_args" not in prepare(configure()).identity()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +134,9 @@ def test_a_missing_package_is_named(configure: Configure, monkeypatch: pytest.Mo
 def test_names_of_other_trainers_and_unknown_ones(configure: Configure) -> None:
     assert configure(optimizer="AdamW8bit").optimizer == "adamw8bit"
     assert configure(schedule="constant_with_warmup").schedule == "constant"
+    with pytest.raises(RequestError, match="'SGDNesterov' is two options here: optimizer 'sgd', and nesterov: true in"):
+        configure(optimizer="SGDNesterov")
+    check_optimizer(configure(optimizer="sgd", optimizer_args={"nesterov": True}))
     with pytest.raises(RequestError, match="'optimizer' is 'dadapt'"):
         configure(optimizer="DAdapt")
 

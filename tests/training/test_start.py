@@ -99,6 +99,18 @@ def layers(path: Path) -> int:
     return len(load_lora(path).tokens["zqx"]["text_encoder"])
 
 
+def test_words_too_long_to_be_learnt_are_told(configure: Configure, first: Path) -> None:
+    def told(**changes: Any) -> bool:
+        notes = prepare(configure(start_from=first, train_text="embedding", **changes)).notes
+        return any("raise token_norm or set it to null" in note for note in notes)
+
+    assert not told(token_norm=100)
+    with safe_open(first, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    save_file({key: value * 10 if "tokens" in key else value for key, value in tensors.items()}, first, metadata)
+    assert told() and not told(token_norm=None) and not told(token_norm=100)
+
+
 def test_another_base_and_no_file(configure: Configure, first: Path, tmp_path: Path) -> None:
     with safe_open(first, "pt") as file:
         metadata = file.metadata() | {"studio.base_sha256": "0" * 64, "studio.base": "elsewhere"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compose.text import encode_pair
 from studio.base import Base, load_base
 from studio.lora.files import read_header
 from tests.training.conftest import Configure
@@ -46,8 +47,26 @@ def test_both_encoders_of_sdxl_are_read(tiny_sdxl: object) -> None:
         two = base.text_encoder_2(second, output_hidden_states=True)
     assert read.pooled is not None
     states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
-    torch.testing.assert_close(read.states, states, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(read.pooled, two.text_embeds, atol=1e-5, rtol=1e-5)
+    said = torch.tensor([bool(text) for text in CAPTIONS])
+    torch.testing.assert_close(read.states[said], states[said], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(read.pooled[said], two.text_embeds[said], atol=1e-5, rtol=1e-5)
+    assert not read.states[~said].any() and not read.pooled[~said].any()
+
+
+def test_a_caption_left_out_is_what_generation_has_without_a_negative(tiny_sdxl: object, base: Base) -> None:
+    large = load_base(str(tiny_sdxl), "cpu")
+    for given in (large, base):
+        read, (wanted, _) = Reader(given).read_frozen([""]), encode_pair(given, ["a cat"], [""])
+        torch.testing.assert_close(read.states, wanted.states, atol=1e-5, rtol=1e-5)
+        assert (read.pooled is None) == (wanted.pooled is None)
+        if read.pooled is not None and wanted.pooled is not None:
+            assert torch.equal(read.pooled, wanted.pooled)
+
+
+@pytest.mark.parametrize("text", ["none", "embedding+lora"])
+def test_sdxl_learns_with_all_captions_left_out(configure: Configure, tiny_sdxl: object, text: str) -> None:
+    config = configure(base=str(tiny_sdxl), train_text=text, caption_dropout=1.0, prior="none", steps=2)
+    assert all(loss == loss for loss in train_concept(config, quiet).losses)
 
 
 def test_an_earlier_layer_is_read_as_generation_reads_it(base: Base) -> None:
