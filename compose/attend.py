@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from compose.attention import Maps
-from compose.bank import Adapter, Layer
+from compose.bank import Adapter, Layer, OnLayer
 from compose.figures import Curves, Figure
 from compose.finder import locate
 from compose.guidance import Loss, Unit, begins_step, latents_gradient, phi, reaches, scaled, updated, visits, word_maps
@@ -107,8 +107,10 @@ class Attend(Method):
     def check(self, adapters: Sequence[Adapter]) -> None:
         self.method.check(adapters)
 
-    def fuse(self, adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
-        return self.method.fuse(adapters, layers)
+    def fuse(
+        self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None
+    ) -> Sequence[Adapter]:
+        return self.method.fuse(adapters, layers, on_layer)
 
     def prepare(self, run: Run) -> None:
         self.losses: list[Tensor] = []

@@ -37,6 +37,9 @@ Gains = Callable[[Site], Sequence[float]]
 Fuse = Callable[[Sequence["Adapter"], Mapping[str, Layer]], Sequence["Adapter"]]
 """What to attach in place of a request's LoRAs, given the layers of the models by the names LoRAs use."""
 
+OnLayer = Callable[[int, int], None]
+"""Hears of how many layers weights are merged already, and of how many in all; it may raise to stop."""
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:

@@ -20,6 +20,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from compose.bank import OnLayer
 from studio.lora.dense import dense
 from studio.lora.model import Delta, LohaDelta, LokrDelta, Lora, LoraDelta
 from studio.lora.resize import shorten
@@ -48,18 +49,24 @@ class Recipe:
     seed: int = 0
 
 
-def fused(loras: Sequence[tuple[float, Lora]], weights: Mapping[str, Tensor], recipe: Recipe) -> Lora:
+def fused(
+    loras: Sequence[tuple[float, Lora]], weights: Mapping[str, Tensor], recipe: Recipe, on_layer: OnLayer | None = None
+) -> Lora:
     """One LoRA that stands for several.
 
     Args:
         loras: with their weights.
         weights: of the layers they touch, by name; a DoRA's change depends on it.
+        on_layer: called after each layer: a dense ``dW`` takes up to half a second, and a large base has hundreds.
     """
     layers: dict[str, Delta] = {}
-    for name in dict.fromkeys(name for _, lora in loras for name in lora.layers):
+    names = list(dict.fromkeys(name for _, lora in loras for name in lora.layers))
+    for done, name in enumerate(names, 1):
         parts = [(strength, lora.layers[name]) for strength, lora in loras if name in lora.layers]
         generator = torch.Generator().manual_seed(recipe.seed ^ _fold(name))
         layers[name] = HOWS[recipe.how](parts, weights[name].detach().float().cpu(), recipe, generator)
+        if on_layer is not None:
+            on_layer(done, len(names))
     return Lora(layers)
 
 

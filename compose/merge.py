@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from compose.bank import Adapter, Layer, refuse_ambiguous, row_names
+from compose.bank import Adapter, Layer, OnLayer, refuse_ambiguous, row_names
 from compose.figures import Figure, Schedule
 from compose.fuse import DENSITY, Recipe, fused, layer_weights
 from compose.options import Count, Share, from_json
@@ -115,7 +115,9 @@ class Merge(Method):
         if any(not points for points in self.options.schedule.values()):
             raise RequestError("'schedule' holds an empty list: give pairs of (share of the schedule, weight)")
 
-    def fuse(self, adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
+    def fuse(
+        self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None
+    ) -> Sequence[Adapter]:
         live = [adapter for adapter in adapters if adapter.weight != 0]
         factor = 1 / max(len(live), 1) if self.options.weight == "1/K" else self.options.weight
         if self.options.how == "sum":
@@ -124,7 +126,7 @@ class Merge(Method):
             return []
         options = self.options
         recipe = Recipe(how=options.how, rank=options.rank, density=options.density, seed=options.seed)
-        one = fused([(a.weight, a.lora) for a in live], layer_weights(layers), recipe)
+        one = fused([(a.weight, a.lora) for a in live], layer_weights(layers), recipe, on_layer)
         return [Adapter(" + ".join(a.name for a in live), one, factor)]
 
     def prepare(self, run: Run) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from compose.bank import Adapter, Layer, LoraBank
+from compose.bank import Adapter, Layer, LoraBank, OnLayer
 from compose.routes import Grid
 from compose.text import Encoded, Wording, added_conditions, encode_pair
 from studio.errors import CancelledError
@@ -250,7 +250,9 @@ class Method:
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise a RequestError when these LoRAs cannot be composed this way; called before anything is loaded or attached."""
 
-    def fuse(self, adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
+    def fuse(
+        self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None
+    ) -> Sequence[Adapter]:
         """What the bank shall attach in place of a request's LoRAs: merges of weights happen here."""
         return adapters
 

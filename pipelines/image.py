@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compose import method_named
-from compose.bank import LoraBank
+from compose.bank import Adapter, Fuse, Layer, LoraBank
 from compose.denoise import Event, OnStep, Start, denoise
+from compose.run import Method
 from compose.separate import divisible
 from compose.text import Encoded, Reading, Wording, encode_pair, words_of
 from pipelines.explain import report, words_shown, writable
@@ -35,6 +36,7 @@ from pipelines.progress import Bar
 from pipelines.records import Made
 from studio.base import Base, load_base
 from studio.embeddings import load_embeddings
+from studio.errors import CancelledError
 from studio.media import encode, save_png
 from studio.requests import MAX_SEED, GenerateRequest, Sampling, as_request
 
@@ -128,7 +130,8 @@ def generate(
     seeds = [(sampling.seed + index) % (MAX_SEED + 1) for index in range(full.count)]
     started = time.perf_counter()
     figures: list[Figure] | None = None if explain is None else []
-    with LoraBank.on(base, adapters, fuse=prepared.method.fuse) as bank:
+    watch = Watch(progress, on_step, cancelled)
+    with LoraBank.on(base, adapters, fuse=_merging(prepared.method, watch)) as bank:
         notes += bank.notes
         work = _Work(
             base=base,
@@ -138,7 +141,7 @@ def generate(
             seeds=seeds,
             reading=Reading(full.clip_skip, spoken),
             start=_start(base, full, prepared),
-            watch=Watch(progress, on_step, cancelled),
+            watch=watch,
             figures=figures,
         )
         images = _sample(work, notes)
@@ -167,6 +170,23 @@ class _Work:
     start: Start | None
     watch: Watch
     figures: list[Figure] | None
+
+
+def _merging(method: Method, watch: Watch) -> Fuse:
+    """The method's own merging of weights, with a bar, and stopped when the user cancels."""
+
+    def fuse(adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
+        with Bar("merging weights", 1, watch.progress) as bar:
+
+            def merged(done: int, total: int) -> None:
+                if watch.cancelled is not None and watch.cancelled():
+                    raise CancelledError("cancelled")
+                bar.total = total
+                bar.reach(done)
+
+            return method.fuse(adapters, layers, merged)
+
+    return fuse
 
 
 def _start(base: Base, request: GenerateRequest, prepared: Prepared) -> Start | None:

@@ -17,7 +17,7 @@ import pipelines.memory
 from pipelines import generate, rerun
 from pipelines.progress import Bar
 from studio.base import Base
-from studio.errors import NumericsError, OutOfMemoryError, RequestError, UnknownNameError, WrongBaseError
+from studio.errors import CancelledError, NumericsError, OutOfMemoryError, RequestError, UnknownNameError, WrongBaseError
 from studio.hashes import auto_v3
 from studio.lora.model import Lora, LoraDelta
 
@@ -308,3 +308,17 @@ def test_bar_shows_on_standard_error_only_after_two_seconds(
         bar.reach(6)
         assert bar.bar is None, "standard error is no terminal here"
     assert capsys.readouterr().out == ""
+
+
+def test_merging_weights_can_be_cancelled(quick: dict[str, Any], tmp_path: Path, make_lora: MakeLora) -> None:
+    loras = [write(tmp_path / f"{seed}.safetensors", make_lora(seed)) for seed in range(2)]
+    asked: list[bool] = []
+
+    def cancelled() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    with pytest.raises(CancelledError):
+        generate("a cat", **quick, loras=loras, options={"how": "ties"}, cancelled=cancelled)
+    assert len(asked) == 2
+    assert generate("a cat", **quick, loras=loras, options={"how": "ties"}).images
