@@ -29,7 +29,7 @@ from compose.attention import Maps
 from compose.bank import Adapter, Layer, OnLayer
 from compose.figures import Curves, Figure
 from compose.finder import locate
-from compose.guidance import Loss, Unit, begins_step, latents_gradient, phi, reaches, scaled, updated, visits, word_maps
+from compose.guidance import Loss, Unit, begins_step, latents_gradient, lossy, phi, reaches, scaled, updated, visits, word_maps
 from compose.maps import mean_map, smoothed
 from compose.options import Share, Strength, from_json, names
 from compose.routes import constant
@@ -131,6 +131,7 @@ class Attend(Method):
         self.sets = torch.zeros(len(phrases), run.positive.states.shape[1])
         for row, phrase in enumerate(phrases):
             self.sets[row, list(locate(words, run.wording.prompt, phrase).columns)] = 1
+        run.notes += lossy(run.scheduler)
 
     def before_step(self, run: Run, step: Step) -> None:
         self.method.before_step(run, step)

@@ -6,7 +6,8 @@
 * *Regional text*: ``o_n = (W_O + dW_O) attend(Q[R_n], (W_K + dW_K) e_n, (W_V + dW_V) e_n)``, the mean where regions overlap.
 * *Key frames* gather the keys and values of other frames.
 
-Processors hold no maps: they go to whoever collects during a forward. Layers without work keep their stock processor's bits.
+Processors hold no maps: they go to whoever collects during a forward. Layers without work keep their stock processor's bits
+where torch's kernel computes.
 """
 
 from __future__ import annotations

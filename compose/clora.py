@@ -45,6 +45,7 @@ from compose.guidance import (
     as_leaf,
     begins_step,
     finite,
+    lossy,
     maps_of,
     on_maps,
     pulled_back,
@@ -160,6 +161,7 @@ class CLoRA(Separate):
         chosen = [bank.adapters[k] for k in self.concepts]
         subjects = subjects_of(words, prompt, chosen, triggers=self.options.triggers, nouns=self.options.nouns)
         self.variants = variants_of(words, prompt, subjects, run.positive.states.shape[1])
+        run.notes += lossy(run.scheduler) if self.options.step else []
         for concept, variant in zip(self.passes, self.variants.prompts, strict=True):
             with bank.acting(self.only(run, concept)):
                 self.prompts[concept] = run.say(variant)

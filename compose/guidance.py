@@ -193,10 +193,19 @@ def noise_level(run: Run, step: Step) -> float:
 
 def begins_step(scheduler: object) -> bool:
     """Whether the latents are a state now, not the point in between where a sampler of second order looks twice."""
+    if hasattr(scheduler, "cur_sample") and getattr(scheduler, "counter", 0) == 1:
+        return False  # pndm steps again from the state it kept, at its second timestep: what moved meanwhile would be lost
     orders, index = getattr(scheduler, "order_list", None), getattr(scheduler, "step_index", None)
     if orders is not None and index is not None:
         return bool(orders[index] == 1)
     return bool(getattr(scheduler, "state_in_first_order", True))
+
+
+def lossy(scheduler: object) -> list[str]:
+    """A sentence where a sampler takes back most of what guidance moves: UniPC's corrector begins at the state it kept."""
+    if not hasattr(scheduler, "disable_corrector"):
+        return []
+    return ["the sampler 'unipc' takes back most of what guidance moves: choose another, such as 'dpmpp_2m'"]
 
 
 def visits(scheduler: Any) -> int:

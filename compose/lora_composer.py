@@ -32,7 +32,7 @@ from torch import Tensor
 from compose.attention import Maps
 from compose.figures import Boxes, Curves, Figure
 from compose.figures import Maps as Pictures
-from compose.guidance import begins_step, latents_gradient, maps_of, phi, updated
+from compose.guidance import begins_step, latents_gradient, lossy, maps_of, phi, updated
 from compose.layout_losses import enhancement, filling, leaking
 from compose.maps import mean_map, mean_values, smoothed
 from compose.options import Share, Strength, numbers
@@ -67,7 +67,8 @@ class LoraComposerOptions(Options):
             base, where 20 breaks subjects. 0 turns guidance off.
         step_end: the last update would be the root of this times as long as the first; the paper has 0.5.
         least: share of the schedule from which guidance ends for good as soon as the loss rises; the paper's code has 0.1.
-        until: share of the schedule at which guidance ends in any case; the paper's code has 0.5.
+        until: share of the schedule at which guidance ends in any case, with the step that reaches it; 0: there is none. The
+            paper's code has 0.5.
         reinit: whether noise that attends to a subject is moved into its region to begin with, as in the paper.
     """
 
@@ -127,6 +128,7 @@ class LoraComposer(Method):
         self.seen: list[tuple[int, list[Tensor]]] = []
         self.guided = torch.full((len(run.latents),), options.guides)
         self._last = torch.full((len(run.latents),), float("inf"))
+        run.notes += lossy(run.scheduler) if options.guides else []
         if options.reinit and run.skipped == 0:
             self._move_noise(run)
 
@@ -159,7 +161,7 @@ class LoraComposer(Method):
         run.attend(self.plan(self._sampling, step))
         total = step.skipped + step.count
         position = step.skipped + step.index
-        if position > self.options.until * total:
+        if position > self.options.until * total or self.options.until == 0:
             self.guided[:] = False
         rows = self.guided.nonzero().flatten().tolist()
         if not rows or not begins_step(run.scheduler):

@@ -40,11 +40,11 @@ class Seen:
 class SecondHalf:
     """What the first ``share`` of a run's ``steps`` attends to in its second half: in the first half there are no subjects yet.
 
-    Attributes: ``steps``: how many are run, at least two. ``seen``: the mean of what was added; None before.
+    Attributes: ``steps``: how many are run, at least two where there are. ``seen``: the mean of what was added; None before.
     """
 
     def __init__(self, share: float, steps: int) -> None:
-        self.steps = max(2, round(share * steps))
+        self.steps = min(steps, max(2, round(share * steps)))
         self.seen: Seen | None = None
 
     def reads(self, index: int) -> bool:

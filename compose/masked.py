@@ -17,6 +17,7 @@ maps are at hand. It has no background; here a cell that is much less like any s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -120,16 +121,13 @@ class Masked(Method):
         self._plans = [self._plan(layout.regions, tuple(texts[one] for one in layout.spots)) for layout in self.layouts]
         self._pairs = [joined(run.negative.rows([row]), run.positive.rows([row])) for row in range(len(run.latents))]
         if run.regions:
-            self._act(run, 0)
+            run.attend(self._plans[0])
+            if run.bank is not None:
+                run.bank.route = self._routes[0]
 
     def _plan(self, regions: Regions, texts: tuple[RegionText, ...]) -> AttentionPlan:
         isolation = Isolation(regions=regions) if self.options.isolation else None
         return AttentionPlan(isolation=isolation, regional=Regional(regions=regions, texts=texts))
-
-    def _act(self, run: Run, index: int) -> None:
-        run.attend(self._plans[index])
-        if run.bank is not None:
-            run.bank.route = self._routes[index]
 
     def _found(self, run: Run) -> list[Layout]:
         """Regions from a probe run, for each picture; none where there is nothing to look for."""
@@ -178,13 +176,13 @@ class Masked(Method):
     def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
         if run.regions or not self.layouts:
             return run.forward_guided(x, step.timestep)
-        # Masks found for each picture: its rows need a plan of their own.
+        # Masks found for each picture: its rows need a plan of their own, which a method around this one must not find later.
         found = []
         for row, pair in enumerate(self._pairs):
             run.check_cancelled()
-            self._act(run, row)
             told = pair if run.guided else run.positive.rows([row])
-            found.append(run.forward(x[row : row + 1].expand(len(told.states), -1, -1, -1), step.timestep, told))
+            with run.planned(self._plans[row]), nullcontext() if run.bank is None else run.bank.acting(self._routes[row]):
+                found.append(run.forward(x[row : row + 1].expand(len(told.states), -1, -1, -1), step.timestep, told))
         cond = torch.cat([out[-1:] for out in found])
         return (torch.cat([out[:1] for out in found]) if run.guided else None), cond
 

@@ -183,7 +183,7 @@ class KeyFrames:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionPlan:
-    """Everything for one forward. An empty plan changes no bit."""
+    """Everything for one forward. An empty plan changes no bit where torch's kernel computes."""
 
     taps: tuple[Tap, ...] = ()
     isolation: Isolation | None = None

@@ -142,12 +142,24 @@ def clauses(prompt: str, arrangement: Arrangement) -> list[tuple[str, bool]]:
         return any(says(text, name) for name in names)
 
     found: list[tuple[str, bool]] = []
-    for clause in (part.strip() for part in re.split(r",(?![^()\[\]]*[)\]])", prompt)):
+    for clause in (part.strip() for part in _parts(prompt)):
         head, of, _ = clause.partition(" of ")
         if of and about(clause) and not about(head) and HEAD.fullmatch(head):
             found.append((head, False))
         if clause:
             found.append((clause, about(clause)))
+    return found
+
+
+def _parts(prompt: str) -> list[str]:
+    """``prompt`` cut at its commas, but for those in brackets; an escaped bracket is a sign like any other."""
+    found, depth = [""], 0
+    for sign in re.findall(r"\\.|.", prompt, re.DOTALL):
+        depth = max(depth + (sign in ("(", "[")) - (sign in (")", "]")), 0)
+        if sign == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += sign
     return found
 
 

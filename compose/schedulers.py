@@ -122,6 +122,11 @@ _SAME_SCHEDULE = {"simple": "sgm_uniform", "normal": "", "uniform": "", "ddim_un
 
 # What a latent diffusion schedule needs and some classes default otherwise; used only where the base's own file is silent.
 LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "thresholding": False}
+# What makes one sampler of another: a base's file may hold it for its own, but it is the request's to choose.
+CHOOSING = frozenset({
+    "algorithm_type", "euler_at_final", "final_sigmas_type", "lower_order_final", "solver_order", "solver_type",
+    "use_beta_sigmas", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+})  # fmt: skip
 
 
 def sampler_name(name: str) -> str:
@@ -164,18 +169,23 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     """A fresh scheduler called ``name`` over the noise schedule of ``like`` (betas, prediction type, offsets)."""
     sampler = sampler_named(name)
     cls = getattr(import_module(f"diffusers.schedulers.{sampler.module}"), sampler.cls)
-    config = dict(like.config)
-    defaults = {key: value for key, value in LATENT_DEFAULTS.items() if key not in config}
-    return cls.from_config(config, **{**defaults, **sampler.settings})
+    return cls.from_config(noise_schedule(like), **sampler.settings)
+
+
+def noise_schedule(like: SchedulerMixin) -> dict[str, Any]:
+    """What the file of ``like`` says about noise, without what only chooses a sampler; :data:`LATENT_DEFAULTS` where it is
+    silent: the class that read the file has filled in its own."""
+    silent = {"_use_default_values", *like.config.get("_use_default_values", ())}
+    told = {key: value for key, value in like.config.items() if key not in silent and key not in CHOOSING}
+    return {**LATENT_DEFAULTS, **told}
 
 
 def inverse_scheduler(like: SchedulerMixin) -> SchedulerMixin:
     """DDIM backwards, with ascending timesteps, over the noise schedule of ``like``."""
     from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 
-    config = dict(like.config)
     # Both must agree on the cumulative alpha of the cleanest level, or the last step would jump.
-    return DDIMInverseScheduler.from_config(config, set_alpha_to_one=config.get("set_alpha_to_one", False))
+    return DDIMInverseScheduler.from_config(noise_schedule(like))
 
 
 def set_steps(scheduler: SchedulerMixin, steps: int, device: Any) -> None:

@@ -192,8 +192,9 @@ def side_by_side(
         raise RuntimeError("passes of their own without a bank")
     halves = 2 if run.guided else 1
     encoded = joined(*(part for _, pair in passes for part in pair[2 - halves :]))
-    run.bank.route = per_row(torch.tensor([weights for weights, _ in passes for _ in range(len(x) * halves)]))
-    out = run.forward(x.repeat(len(passes) * halves, 1, 1, 1), timestep, encoded)
+    route = per_row(torch.tensor([weights for weights, _ in passes for _ in range(len(x) * halves)]))
+    with run.bank.acting(route):  # or a method around this one would find the route of the last chunk
+        out = run.forward(x.repeat(len(passes) * halves, 1, 1, 1), timestep, encoded)
     out = out.unflatten(0, (len(passes), halves, len(x)))
     return (out[:, 0] if run.guided else None), out[:, -1]
 

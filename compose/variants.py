@@ -94,9 +94,20 @@ def subjects_of(
                 f"LoRAs '{twin.name}' and '{adapter.name}' have the same trigger '{trigger}', so the prompt cannot tell them "
                 "apart: leave one out, or train it again with another word"
             )
+        within = next((one for one in found if one.trigger and trigger and _holds(one.trigger, trigger)), None)
+        if within is not None:
+            raise RequestError(
+                f"of the triggers '{within.trigger}' of LoRA '{within.name}' and '{trigger}' of '{adapter.name}' one is part "
+                "of the other, so that it cannot be taken out of the prompt alone: name other words with 'triggers'"
+            )
         occurrence = _noun_of(words, prompt, adapter.name, trigger, noun, taken)
         found.append(Subject(adapter.name, trigger, noun, occurrence))
     return tuple(found)
+
+
+def _holds(one: str, other: str) -> bool:
+    """Whether one of two triggers is part of the other, as whole words."""
+    return any(re.search(whole_words(part), text, re.IGNORECASE) for part, text in ((one, other), (other, one)))
 
 
 def _told(option: Mapping[str, str], adapter: Adapter) -> str:
@@ -155,7 +166,8 @@ def variants_of(words: Words, prompt: str, subjects: Sequence[Subject], length: 
     """The prompts of all passes and their token groups, for text states of ``length`` columns.
 
     Raises:
-        RequestError: a prompt of more than one chunk; a subject whose noun is lost when other triggers go.
+        RequestError: a prompt of more than one chunk; a subject whose noun is lost when other triggers go; a trigger that stays
+            because brackets or weights stand inside it.
     """
     one_chunk(words, prompt, "CLoRA")
     count = len(subjects)
@@ -164,6 +176,12 @@ def variants_of(words: Words, prompt: str, subjects: Sequence[Subject], length: 
         variant = prompt
         for index, subject in enumerate(subjects, 1):
             variant = variant if index == own else without(variant, subject.trigger)
+        kept = next((s for i, s in enumerate(subjects, 1) if i != own and s.trigger and find(words, variant, s.trigger)), None)
+        if kept is not None:
+            raise RequestError(
+                f"the trigger '{kept.trigger}' of LoRA '{kept.name}' cannot be taken out of the prompt: write it there without "
+                "brackets or weights inside it"
+            )
         prompts.append(variant)
     sets = torch.zeros(count + 1, count + 1, length)
     maps: list[tuple[int, int]] = []

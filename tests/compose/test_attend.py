@@ -153,3 +153,32 @@ def test_losses_are_explained(two: list[Adapter], sample: Sample) -> None:
     sample(attend, two, prompt=PROMPT, seeds=[0, 1])
     *_, figure = attend.figures
     assert list(figure.lines) == ["picture 1", "picture 2"] and len(figure.lines["picture 1"]) == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_chunks_of_the_wrapped_method_do_not_matter(two: list[Adapter], sample: Sample, guidance: float) -> None:
+    """The route of its last chunk must be gone when maps are read."""
+    whole, parts = (
+        sample(Attend.of(method="composite", inner=inner, step=0.5), two, prompt=PROMPT, guidance=guidance)
+        for inner in ({}, {"chunk": 1})
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_a_picture_around_found_masks_does_not_depend_on_the_others(two: list[Adapter], sample: Sample) -> None:
+    """Each has masks of its own, and those of the last must be gone when maps are read."""
+    alone = sample(Attend.of(method="masked", step=0.5), two, prompt=PROMPT, seeds=[0])
+    both = sample(Attend.of(method="masked", step=0.5), two, prompt=PROMPT, seeds=[0, 1])
+    torch.testing.assert_close(both[:1], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sampler_that_takes_updates_back_is_told(two: list[Adapter], sample: Sample) -> None:
+    notes: list[str] = []
+    sample(Attend.of(step=0.5), two, prompt=PROMPT, scheduler="unipc", notes=notes)
+    assert notes == ["the sampler 'unipc' takes back most of what guidance moves: choose another, such as 'dpmpp_2m'"]
+
+
+def test_pndm_is_guided_where_it_does_not_step_from_a_state_of_its_own(two: list[Adapter], sample: Sample) -> None:
+    attend = Attend.of(step=0.5, thresholds={}, until=1.0)
+    sample(attend, two, prompt=PROMPT, scheduler="pndm", steps=5)
+    assert attend.updates[:3] == [1, 0, 1]

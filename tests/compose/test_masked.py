@@ -213,3 +213,7 @@ def test_what_it_explains(sample: Sample, pair: list[Adapter]) -> None:
     assert list(boxes.boxes) == list(masks.rows) == ["cat", "dog"]
     assert masks.rows["cat"][0].shape == (8, 16)
     assert not bool(((masks.rows["cat"][0] > 0) & (masks.rows["dog"][0] > 0)).any())
+
+
+def test_a_run_of_one_step_finds_masks_too(sample: Sample, pair: list[Adapter]) -> None:
+    assert sample(Masked.of(), pair, prompt=PROMPT, steps=1).isfinite().all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compose.region_words import Arrangement, Place, placed_words, said_by_default, style_words
+from compose.region_words import Arrangement, Place, clauses, placed_words, said_by_default, style_words
 from tests.compose.conftest import adapter
 
 CAT, DOG = adapter("cat", trigger="sks", class_word="cat"), adapter("dog", trigger="red", class_word="dog")
@@ -107,3 +107,10 @@ def test_the_order_of_regions_does_not_matter_and_one_said_twice_is_one() -> Non
         [PLACES[1], bird, Place((0.8, 0.5), 0.4, [CAT]), PLACES[0], PLACES[0]],
     ):
         assert said_by_default("", places.index(PLACES[1]), Arrangement(places=places, styles=[]), "arranged") == said
+
+
+def test_clauses_are_cut_at_commas_outside_brackets() -> None:
+    prompt = r"(a zarn animal, (old) grass:1.2), blue sky, [a, b], smile \(x, y"
+    assert [text for text, _ in clauses(prompt, Arrangement(places=[], styles=[]))] == [
+        "(a zarn animal, (old) grass:1.2)", "blue sky", "[a, b]", r"smile \(x", "y",
+    ]  # fmt: skip

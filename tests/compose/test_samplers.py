@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from compose.schedulers import NEAREST, SAMPLERS, SCHEDULES, make_scheduler, sampler_name, sampler_named
+from compose.schedulers import NEAREST, SAMPLERS, SCHEDULES, inverse_scheduler, make_scheduler, sampler_name, sampler_named
 from studio.base import Base
 from studio.errors import UnknownNameError
 
@@ -59,3 +63,25 @@ def test_every_pair_of_sampler_and_schedule_takes_effect(base: Base, word: str) 
             levels.append(getattr(scheduler, "sigmas", scheduler.timesteps))
         same = levels[0].shape == levels[1].shape and torch.equal(levels[0], levels[1])
         assert not same, f"{name} ignores {word}"
+
+
+def test_a_base_that_is_silent_about_its_latents_gets_those_of_latent_diffusion(tmp_path: Path) -> None:
+    """The class that reads the file would fill in its own defaults, which clip latents as if they were pixels."""
+    told = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(told))
+    like = DDIMScheduler.from_pretrained(tmp_path)
+    for made in (make_scheduler("ddim", like), make_scheduler("ddpm", like), inverse_scheduler(like)):
+        assert made.config.clip_sample is False
+        assert made.config.beta_schedule == "scaled_linear"
+    assert make_scheduler("ddim", like).config.set_alpha_to_one is False
+
+
+def test_what_the_base_says_of_its_own_sampler_does_not_reach_another(tmp_path: Path) -> None:
+    told = {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++",
+            "solver_order": 3, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # fmt: skip
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(told))
+    like = DDIMScheduler.from_pretrained(tmp_path)
+    plain = make_scheduler("dpmpp_2m", like).config
+    assert (plain.use_karras_sigmas, plain.algorithm_type, plain.solver_order) == (False, "dpmsolver++", 2)
+    assert make_scheduler("euler", like).config.use_karras_sigmas is False
+    assert make_scheduler("dpmpp_2m_exponential", like).config.use_exponential_sigmas is True

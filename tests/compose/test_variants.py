@@ -116,3 +116,12 @@ def test_loras_that_cannot_be_told_apart_are_one_sentence(sample: Sample, two: l
         sample(CLoRA.of(nouns='{"else": "cat"}'), two, prompt=PROMPT)
     with pytest.raises(RequestError, match="as text"):
         sample(CLoRA(), two, prompt=PROMPT, wording=None)
+
+
+def test_a_trigger_inside_another_or_that_cannot_go_is_refused(base: Base, make_lora: Make) -> None:
+    inside = [concept(make_lora, 1, "red", "cat"), concept(make_lora, 2, "red green", "dog")]
+    with pytest.raises(RequestError, match="one is part of the other"):
+        found(base, "a red cat and a red green dog", inside)
+    pair = [concept(make_lora, 1, "red old", "cat"), concept(make_lora, 2, "green", "dog")]
+    with pytest.raises(RequestError, match="'red old' of LoRA 'lora 1' cannot be taken out"):
+        found(base, "a (red:1.2) old cat on the green dog", pair)
