@@ -14,11 +14,13 @@ import numpy as np
 from PIL import Image
 
 import studio
+from compose import method_class
 from compose.schedulers import sampler_name
 from pipelines.image import GenerateResult, generate
+from pipelines.records import check_record
 from studio.base import base_sha256, known_bases, read_json
 from studio.errors import FileError, RequestError, UnknownNameError
-from studio.hashes import auto_v3, sha256_of
+from studio.hashes import MODEL_DIGITS, auto_v3, sha256_of
 from studio.infotext import Infotext, hashes, parse
 from studio.lora.library import find_lora, list_loras
 from studio.media import read_carried
@@ -61,14 +63,16 @@ def rerun(
     memory: str = "auto",
     lora_dirs: Sequence[str | Path] = (),
     progress: bool | None = None,
+    explain: str | Path | None = None,
     **changes: Any,
 ) -> GenerateResult:
     """Make a picture again from what it carries.
 
     Args:
         path: a picture of this studio; or a picture or ``.txt`` with the infotext of A1111 or Forge.
-        device, dtype, memory, lora_dirs, progress: those of :func:`pipelines.generate`.
-        changes: fields of the request to use instead, such as ``base="FILE"``.
+        device, dtype, memory, lora_dirs, progress, explain: those of :func:`pipelines.generate`.
+        changes: fields of the request to use instead, such as ``base="FILE"``. A ``method`` that takes no regions leaves those
+            of the picture out.
 
     The notes say what has another name or other contents than then, and whether the picture is the same.
 
@@ -77,11 +81,13 @@ def rerun(
     """
     carried = read_carried(path)
     file = Path(path)
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory, "lora_dirs": lora_dirs, "progress": progress}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory, "lora_dirs": lora_dirs}
+    how |= {"progress": progress, "explain": explain}
     record = carried.record
     if record is None:
         found = foreign(parse(carried.parameters), file.name, lora_dirs, changes)
     else:
+        check_record(record, file.name)
         found = located(record, file, lora_dirs, changes)
     result = generate({**found.fields, **changes}, lora_files=found.files, **how)
     result.notes[:0] = found.notes
@@ -105,15 +111,29 @@ def located(record: Mapping[str, Any], file: Path, lora_dirs: Sequence[str | Pat
     """The request that ``file`` carries, and where its files are now: those that were renamed are found by their hashes."""
     request = GenerateRequest.of(**record["request"])
     found = Found()
-    told = [entry if isinstance(entry, dict) else {} for entry in record.get("loras") or []]
-    digests = {str(entry.get("name")): str(entry.get("sha256", "")) for entry in told}
+    triggers = "keep"
+    if request.regions and _other_regions(request, file.name, changes, found.notes):
+        # What the regions said is gone, and with it the triggers that the prompt did not have to have.
+        request, triggers = request.with_(regions=()), "add"
+    digests = {entry["name"]: entry["sha256"] for entry in record.get("loras") or []}
     for ref in request.loras if "loras" not in changes else ():
         _locate(ref.name, digests.get(ref.name, ""), lora_dirs, found)
     base = request.base
     if "base" not in changes:
-        base = _locate_base(base, str((record.get("base") or {}).get("sha256", "")), found.notes)
-    found.fields = {**_beside(request, record, file, found.notes).model_dump(mode="json"), "base": base, "triggers": "keep"}
+        base = _locate_base(base, (record.get("base") or {}).get("sha256", ""), found.notes)
+    found.fields = {**_beside(request, record, file, found.notes).model_dump(mode="json"), "base": base, "triggers": triggers}
     return found
+
+
+def _other_regions(request: GenerateRequest, name: str, changes: Mapping[str, Any], notes: list[str]) -> bool:
+    """Whether the picture's regions are not to be used: others are given, or the method that is asked for takes none."""
+    if "regions" in changes:
+        return True
+    method = str(changes.get("method", request.method))
+    if method_class(method).regions != "none":
+        return False
+    notes.append(f"method '{method}' takes no regions: those of {name} are left out")
+    return True
 
 
 def _locate_base(name: str, digest: str, notes: list[str]) -> str:
@@ -135,7 +155,7 @@ def _locate_base(name: str, digest: str, notes: list[str]) -> str:
 
 def _beside(request: GenerateRequest, record: Mapping[str, Any], file: Path, notes: list[str]) -> GenerateRequest:
     """The request; pictures that are gone are taken from beside ``file``, where they have the contents they had."""
-    told = {str(entry.get("name")): str(entry.get("sha256", "")) for entry in record.get("pictures") or []}
+    told = {entry["name"]: entry["sha256"] for entry in record.get("pictures") or []}
 
     def place(path: Path) -> Path:
         near = file.parent / path.name
@@ -218,13 +238,13 @@ def foreign(told: Infotext, name: str, lora_dirs: Sequence[str | Path], changes:
         notes.append(f"{name} was made by another program ({program}): expect a picture close to it, not the same pixels")
     prompt, tags = take_tags(told.prompt)
     known = hashes(settings.get("Lora hashes", ""))
-    for tag in tags:
-        _locate_tagged(tag.name, known.get(tag.name, ""), lora_dirs, found)
+    for tag in tags if "loras" not in changes else ():
+        _locate_tagged(tag.name, known.get(tag.name, ""), name, lora_dirs, found)
     fields |= {"prompt": prompt, "negative": told.negative, "loras": [(tag.name, tag.weight) for tag in tags]}
     fields |= {ours: settings[theirs] for theirs, ours in _FIELDS.items() if theirs in settings}
     fields |= {"triggers": "keep", **_scheduler(settings, notes)}
     if "base" not in changes:
-        fields["base"] = _foreign_base(settings)
+        fields["base"] = _foreign_base(settings, name, notes)
     if "vae" not in changes and settings.get("VAE", "Automatic") not in ("Automatic", "None"):
         stem = Path(settings["VAE"]).stem
         fields["vae"] = str(known_bases()[stem]) if stem in known_bases() else None
@@ -255,31 +275,46 @@ def _scheduler(settings: Mapping[str, str], notes: list[str]) -> dict[str, str]:
         return {}
 
 
-def _locate_tagged(name: str, digest: str, lora_dirs: Sequence[str | Path], found: Found) -> None:
-    """The LoRA of a tag goes by its name, or else by the short hash that the text gives."""
+def _locate_tagged(name: str, digest: str, told_by: str, lora_dirs: Sequence[str | Path], found: Found) -> None:
+    """The LoRA of a tag goes by its name where that has the short hash that the text gives, or else by that hash."""
+    unknown: UnknownNameError | None = None
     try:
-        find_lora(name, lora_dirs)
+        here = find_lora(name, lora_dirs)
+        if not _is_other(here, digest, auto_v3, _file_sha256):
+            return
     except UnknownNameError as error:
-        file = _with_hash(list_loras(lora_dirs).values(), digest, auto_v3, _file_sha256)
-        if file is None:
-            told = f" (nor is there any with its hash {digest})" if digest else ""
-            raise UnknownNameError("LoRA", name, list_loras(lora_dirs), told.strip()) from error
+        unknown = error
+    file = _with_hash(list_loras(lora_dirs).values(), digest, auto_v3, _file_sha256)
+    if file is not None:
         found.files[name] = file
         found.notes.append(f"LoRA '{name}' is '{file}' here: found by its hash")
+    elif unknown is not None:
+        told = f" (nor is there any with its hash {digest})" if digest else ""
+        raise UnknownNameError("LoRA", name, list_loras(lora_dirs), told.strip()) from unknown
+    else:
+        found.notes.append(f"LoRA '{name}' has other contents than when {told_by} was made: the picture differs")
 
 
-def _foreign_base(settings: Mapping[str, str]) -> str:
+def _foreign_base(settings: Mapping[str, str], told_by: str, notes: list[str]) -> str:
+    """The base of a text, by its name where that has the hash that the text gives, or else by that hash."""
     model, digest = settings.get("Model", ""), settings.get("Model hash", "").lower()
     own = assets() / "base" / "studio.json"
     facts = read_json(own) if own.is_file() else {}
     if model in (EMBEDDED, facts.get("name")) or (digest and str(facts.get("sha256", "")).startswith(digest)):
         return EMBEDDED
     known = known_bases()
-    if model in known:
+    here = known.get(model)
+    # Others hash a single file; only our own texts name a folder by the hash of its weights.
+    comparable = here is not None and (here.is_file() or settings.get("Version", "").startswith("studio"))
+    if here is not None and not (comparable and _is_other(here, digest, base_sha256)):
         return model
-    found = _with_hash(known.values(), digest, _file_sha256)
+    found = _with_hash(known.values(), digest, base_sha256)
     if found is not None:
+        notes.append(f"the base '{model}' is '{found.name}' here: found by its hash")
         return str(found)
+    if here is not None:
+        notes.append(f"the base '{model}' has other contents than when {told_by} was made: the picture differs")
+        return model
     raise UnknownNameError(
         "base", model or "(not named)", known, hint=f"(its hash is {digest or 'not told'}): give its file with --base"
     )
@@ -287,6 +322,11 @@ def _foreign_base(settings: Mapping[str, str]) -> str:
 
 def _file_sha256(path: Path) -> str:
     return sha256_of([path])[0] if path.is_file() else ""
+
+
+def _is_other(file: Path, digest: str, *ways: Callable[[Path], str]) -> bool:
+    """Whether ``digest`` is none of the file's hashes. Shorter ones tell nothing: old programs computed them otherwise."""
+    return len(digest) >= MODEL_DIGITS and _with_hash([file], digest, *ways) is None
 
 
 def _with_hash(files: Iterable[Path], digest: str, *ways: Callable[[Path], str]) -> Path | None:

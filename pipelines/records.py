@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, JsonValue, ValidationError
 
 import studio
 from compose.schedulers import sampler_named
+from studio.errors import FileError
 from studio.hashes import MODEL_DIGITS, auto_v3, sha256_of
 from studio.infotext import write
 
@@ -95,3 +98,37 @@ def made_with(base: Base) -> dict[str, object]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+class _File(BaseModel):
+    name: str
+    sha256: str
+
+
+class _Form(BaseModel):
+    """What of a record is read when its picture is made again; the rest may be anything."""
+
+    request: dict[str, JsonValue]
+    base: _File | None = None
+    vae: _File | None = None
+    loras: list[_File] | None = None
+    embeddings: list[_File] | None = None
+    pictures: list[_File] | None = None
+    made_with: dict[str, JsonValue] | None = None
+
+
+def check_record(record: Mapping[str, Any], file: str) -> None:
+    """Refuse what :class:`Made` cannot have written into ``file``: records come from pictures that anybody may have edited.
+
+    Raises:
+        FileError: it has another form.
+    """
+    try:
+        _Form.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise FileError(
+            f"the record in {file} is damaged: '{place}' is {'missing' if first['type'] == 'missing' else 'of another form'}; "
+            "give an unedited copy of the picture"
+        ) from error

@@ -25,7 +25,7 @@ from studio.family import FAMILIES, Family, detect
 from studio.hashes import sha256_of
 from studio.lora.header import read_raw_header
 from studio.paths import EMBEDDED, assets
-from studio.placement import Placement, Turns, place
+from studio.placement import Placement, Turns, fitted, place
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -135,9 +135,10 @@ def load_base(
         told = facts.get("family")
         family = detect(read_json(source / "unet" / "config.json"), title, None if told is None else str(told))
     other = None if vae is None else locate_vae(vae)
-    placement = place(family, lambda: _numbers(source), device, dtype, memory)
-    key = (source, other, placement)
+    asked = place(family, device, dtype, memory)
+    key = (source, other, asked)  # without offload: how much memory is free changes with every base that is loaded
     if key not in _LOADED:
+        placement = fitted(asked, lambda: _numbers(source))
         with quiet():
             parts = checkpoint.read(*_at(placement)) if checkpoint else read_folder(source, *_at(placement))
             if other is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,15 +46,13 @@ class Placement:
 
 def place(
     family: Family,
-    weights: Callable[[], int],
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
 ) -> Placement:
-    """Decide where a base runs.
+    """Where a base is asked to run. Whether it offloads is decided when it is loaded, by :func:`fitted`.
 
     Args:
-        weights: counts the numbers of its weights; asked only where the answer matters.
         device: ``cuda``, ``cuda:1``, ``mps``, ``cpu``; None or ``auto``: the best there is.
         dtype: a name of :data:`DTYPES`; None or ``auto``: half on a card for families that gain from it, else single.
         memory: ``high`` keeps everything on the card and never tiles the VAE; ``low`` offloads and always tiles; ``auto``
@@ -68,11 +66,21 @@ def place(
     precision = as_dtype(dtype) or (torch.float16 if half else torch.float32)
     if memory not in get_args(Memory):
         raise RequestError(f"unknown memory setting '{memory}': use low, auto or high")
-    short = memory == "low" and where.type != "cpu"
-    if memory == "auto" and where.type == "cuda":
+    return Placement(device=where, dtype=precision, memory=memory)
+
+
+def fitted(placement: Placement, weights: Callable[[], int]) -> Placement:
+    """The placement with its ``offload`` decided, by the memory that is free now.
+
+    Args:
+        weights: counts the numbers of the base's weights; asked only where the answer matters.
+    """
+    where = placement.device
+    short = placement.memory == "low" and where.type != "cpu"
+    if placement.memory == "auto" and where.type == "cuda":
         free = free_bytes(where)
-        short = free is not None and weights() * torch.finfo(precision).bits // 8 + WORKING_ROOM > free
-    return Placement(device=where, dtype=precision, memory=memory, offload=short)
+        short = free is not None and weights() * torch.finfo(placement.dtype).bits // 8 + WORKING_ROOM > free
+    return replace(placement, offload=short)
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

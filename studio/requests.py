@@ -34,7 +34,7 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
-    def of(cls, **fields: Any) -> Self:
+    def of(cls, /, **fields: Any) -> Self:
         """A checked request.
 
         Raises:
@@ -46,7 +46,7 @@ class Request(BaseModel):
         except ValidationError as error:
             raise _sentence(cls, error) from error
 
-    def with_(self, **changes: Any) -> Self:
+    def with_(self, /, **changes: Any) -> Self:
         """A copy with ``changes``, checked like a new one."""
         return type(self).of(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 

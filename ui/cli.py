@@ -138,11 +138,9 @@ def generate(
         )
         from pipelines import generate as draw
 
-        _check_png(out)
+        _check_out(out)
         result = draw(prompt, loras=tuple(lora or ()), base=base, count=count, **fields)
-        _deliver(voice, result, out or free_path(OUTPUTS, prompt, ".png"))
-        if explain is not None:
-            voice.note(f"what was done: {explain / 'index.html'}")
+        _deliver(voice, result, out or free_path(OUTPUTS, prompt, ".png"), explain)
 
 
 @app.command()
@@ -154,6 +152,7 @@ def rerun(
     base: Annotated[str | None, typer.Option(help="Instead of the base it names. " + BASE_HELP)] = None,
     compose: OtherMethod = None,
     settings: Settings = None,
+    region: Regions = None,
     init_image: InitImage = None,
     vae: Vae = None,
     embedding: Embeddings = None,
@@ -161,6 +160,7 @@ def rerun(
     device: Device = None,
     dtype: Dtype = None,
     memory: Memory = None,
+    explain: Explain = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -170,6 +170,7 @@ def rerun(
             base=base,
             method=compose,
             options=parse_settings(settings) if settings else ({} if compose else None),
+            regions=tuple(region or ()),
             init_image=init_image,
             vae=vae,
             embeddings=tuple(embedding or ()),
@@ -177,12 +178,13 @@ def rerun(
             device=device,
             dtype=dtype,
             memory=memory,
+            explain=explain,
         )
         from pipelines import rerun as draw_again
 
-        _check_png(out)
+        _check_out(out)
         result = draw_again(file, **changes)
-        _deliver(voice, result, out or free_path(OUTPUTS, f"{file.stem.lstrip('0123456789-')} again", ".png"))
+        _deliver(voice, result, out or free_path(OUTPUTS, f"{file.stem.lstrip('0123456789-')} again", ".png"), explain)
 
 
 app.command(epilog=EPILOG)(render.render)
@@ -190,15 +192,20 @@ app.command(epilog=EPILOG)(bench.bench)
 app.command(epilog=EPILOG)(compare.compare)
 
 
-def _check_png(out: Path | None) -> None:
+def _check_out(out: Path | None) -> None:
     """Before any work: drawing may take minutes, and only PNG carries the request."""
+    from pipelines.explain import writable
     from studio.errors import RequestError
 
     if out is not None and out.suffix.lower() != ".png":
         raise RequestError(f"--out '{out}' is not a .png: pictures are written as PNG, which carries the request")
+    if out is not None and out.is_dir():
+        raise RequestError(f"--out '{out}' is a folder: give the name of a file in it, such as '{out / 'picture.png'}'")
+    writable(OUTPUTS if out is None else out.parent)
 
 
-def _deliver(voice: console.Voice, result: Any, path: Path) -> None:
+def _deliver(voice: console.Voice, result: Any, path: Path, explain: Path | None) -> None:
+    """Write the pictures and say what is to be said; ``explain`` is where a page on them is, if one was asked for."""
     files = [str(file) for file in result.save(path)]
     for note in result.notes:
         voice.note(f"note: {note}")
@@ -210,6 +217,8 @@ def _deliver(voice: console.Voice, result: Any, path: Path) -> None:
         "request": result.request.model_dump(mode="json"),
     }
     voice.answer(payload, "\n".join(files))
+    if explain is not None:
+        voice.note(f"what was done: {explain / 'index.html'}")
 
 
 @app.command("methods")

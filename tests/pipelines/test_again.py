@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import pipelines.again
 from pipelines import generate, rerun
 from studio.errors import FileError, RequestError, UnknownNameError
-from studio.hashes import auto_v3
+from studio.hashes import auto_v3, sha256_of
 from studio.lora.model import Lora
 from studio.lora.write import save_lora
 
@@ -101,6 +103,89 @@ def test_fields_may_be_changed(made: Path, loras: Path) -> None:
     assert again.request.loras == ()
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("loras", [{"name": "a"}]),
+        ("loras", ["a"]),
+        ("loras", "a"),
+        ("base", "x"),
+        ("vae", {"name": "v", "sha256": 3}),
+        ("embeddings", [None]),
+        ("pictures", {"name": "p"}),
+        ("made_with", "torch"),
+    ],
+)
+def test_a_forged_record_is_one_sentence_before_anything_is_loaded(
+    made: Path, loras: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: object
+) -> None:
+    monkeypatch.setattr(pipelines.again, "generate", lambda *_, **__: pytest.fail("something was drawn"))
+    with pytest.raises(
+        FileError, match=rf"the record in x\.png is damaged: '{place}[\w.]*' is (missing|of another form)"
+    ) as caught:
+        rerun(rewritten(made, lambda told: told.update({place: value})), lora_dirs=[loras])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_without_what_older_ones_lack_is_taken(made: Path, loras: Path) -> None:
+    def change(told: dict[str, Any]) -> None:
+        for key in ("base", "loras", "made_with", "notes", "batch"):
+            told.pop(key)
+
+    assert same(made, rerun(rewritten(made, change), lora_dirs=[loras]).images[0])
+
+
+@pytest.fixture
+def placed(tmp_path: Path, tiny_base: Path, make_lora: MakeLora) -> tuple[Path, Path]:
+    """A picture with two LoRAs, each in its region and with no word in the prompt, and their folder."""
+    folder = tmp_path / "two"
+    for seed, word in enumerate(("cat", "dog")):
+        save_lora(folder / f"{word}.safetensors", make_lora(seed, trigger=f"sks{seed}", class_word=word, size=0.5))
+    result = generate(
+        "on the grass",
+        base=str(tiny_base),
+        steps=2,
+        size=(32, 32),
+        seed=7,
+        loras=["cat", "dog"],
+        lora_dirs=[folder],
+        method="regional",
+        regions=["cat@0,0,0.5,1", "dog@0.5,0,1,1"],
+    )
+    (path,) = result.save(tmp_path / "placed.png")
+    assert result.request.prompt == "on the grass"
+    return path, folder
+
+
+def test_a_method_without_regions_leaves_them_out(placed: tuple[Path, Path]) -> None:
+    path, folder = placed
+    again = rerun(path, method="composite", options={}, lora_dirs=[folder])
+    assert again.request.regions == ()
+    assert again.notes[0] == "method 'composite' takes no regions: those of placed.png are left out"
+    # The regions said the triggers; now the prompt must.
+    assert "sks0 cat" in again.request.prompt
+    assert "sks1 dog" in again.request.prompt
+
+
+def test_other_regions_may_be_given(placed: tuple[Path, Path], tmp_path: Path) -> None:
+    path, folder = placed
+    again = rerun(path, regions=["cat@0,0,1,0.5"], lora_dirs=[folder])
+    assert [region.place for region in again.request.regions] == ["0,0,1,0.5"]
+    assert "sks1 dog" in again.request.prompt
+    assert "sks0" not in again.request.prompt
+    with pytest.raises(RequestError, match="method 'merge' takes no regions: leave them out"):
+        rerun(path, method="merge", regions=["cat@0,0,1,0.5"], lora_dirs=[folder])
+    plain = rerun(path, method="merge", lora_dirs=[folder])
+    (flat,) = plain.save(tmp_path / "flat.png")
+    with pytest.raises(RequestError, match="method 'regional' needs to know where each LoRA acts: give regions"):
+        rerun(flat, method="regional", lora_dirs=[folder])
+
+
+def test_what_was_done_can_be_shown(made: Path, loras: Path, tmp_path: Path) -> None:
+    rerun(made, lora_dirs=[loras], explain=tmp_path / "why")
+    assert (tmp_path / "why" / "index.html").is_file()
+
+
 def test_a_base_that_moved_is_found_by_name(made: Path, loras: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = rewritten(made, lambda told: told["request"].update(base="tiny"))
     with pytest.raises(UnknownNameError, match="unknown base 'tiny'"):
@@ -177,9 +262,33 @@ def test_what_a_foreign_text_needs_and_is_not_here_is_one_sentence(loras: Path, 
         rerun(tmp_path / "plain.png")
 
 
-def test_our_own_text_runs_without_our_record(made: Path, loras: Path, tmp_path: Path, tiny_base: Path) -> None:
+def test_a_lora_of_the_same_name_but_other_contents(loras: Path, tmp_path: Path, tiny_base: Path) -> None:
+    path = tmp_path / "a.txt"
+    shutil.copy(loras / "other.safetensors", loras / "ink.safetensors")
+    path.write_text(a1111(loras))
+    result = rerun(path, lora_dirs=[loras], base=str(tiny_base))
+    assert f"LoRA 'ink' is '{loras / 'cat.safetensors'}' here: found by its hash" in result.notes
+    assert result.sidecars[0]["loras"][0]["autov3"] == auto_v3(loras / "cat.safetensors")
+    said = "LoRA 'ink' has other contents than when a.txt was made: the picture differs"
+    path.write_text(a1111(loras, **{"Lora hashes": '"ink: 0123456789ab"'}))
+    assert said in rerun(path, lora_dirs=[loras], base=str(tiny_base)).notes
+    # By either hash it is the same; none says nothing.
+    for digest in (auto_v3(loras / "ink.safetensors"), sha256_of([loras / "ink.safetensors"])[0][:12], ""):
+        path.write_text(a1111(loras, **{"Lora hashes": f'"ink: {digest}"'}))
+        assert not [note for note in rerun(path, lora_dirs=[loras], base=str(tiny_base)).notes if "'ink'" in note]
+
+
+def test_our_own_text_runs_without_our_record(
+    made: Path, loras: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Image.open(made) as image:
         (tmp_path / "ours.txt").write_text(image.text["parameters"])
     again = rerun(tmp_path / "ours.txt", lora_dirs=[loras], base=str(tiny_base))
     assert again.notes == []
     assert same(made, again.images[0])
+    monkeypatch.setenv("STUDIO_MODEL_PATH", str(tiny_base.parent))
+    assert rerun(tmp_path / "ours.txt", lora_dirs=[loras]).notes == []
+    text = (tmp_path / "ours.txt").read_text()
+    (tmp_path / "ours.txt").write_text(re.sub("Model hash: [0-9a-f]+", "Model hash: 0123456789", text))
+    said = "the base 'tiny' has other contents than when ours.txt was made: the picture differs"
+    assert rerun(tmp_path / "ours.txt", lora_dirs=[loras]).notes == [said]

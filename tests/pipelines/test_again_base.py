@@ -96,9 +96,19 @@ def test_an_a1111_text_names_its_checkpoint_by_hash(models: Path, tmp_path: Path
     monkeypatch.setenv("STUDIO_MODEL_PATH", str(models))
     digest = sha256_of([models / "mine.safetensors"])[0][:10]
     text = tmp_path / "theirs.txt"
-    text.write_text(
-        f"a fox\nSteps: 1, Sampler: Euler, CFG scale: 7, Seed: 7, Size: 64x64, Model hash: {digest}, Model: theirName_v12"
-    )
+    told = "a fox\nSteps: 1, Sampler: Euler, CFG scale: 7, Seed: 7, Size: 64x64, Model hash: {}, Model: {}"
+    text.write_text(told.format(digest, "theirName_v12"))
     result = rerun(text, device="cpu")
+    assert "the base 'theirName_v12' is 'mine.safetensors' here: found by its hash" in result.notes
     assert result.sidecars[0]["base"]["sha256"].startswith(digest)
     assert np.asarray(result.images[0]).std() > 0
+    # A checkpoint of that name is here, but its contents are under another one; or nowhere.
+    text.write_text(told.format(digest, "other"))
+    result = rerun(text, device="cpu")
+    assert "the base 'other' is 'mine.safetensors' here: found by its hash" in result.notes
+    assert result.sidecars[0]["base"]["sha256"].startswith(digest)
+    said = "the base 'other' has other contents than when theirs.txt was made: the picture differs"
+    text.write_text(told.format("0123456789", "other"))
+    assert said in rerun(text, device="cpu").notes
+    text.write_text(told.format("01234567", "other"))  # as A1111 told it before 2023, by another hash
+    assert said not in rerun(text, device="cpu").notes

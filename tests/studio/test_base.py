@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
-from studio.base import PICKLES, Base, load_base, locate, weights_sha256
+import studio.base
+import studio.placement
+from studio.base import PICKLES, Base, forget_bases, load_base, locate, weights_sha256
 from studio.errors import FileError, RequestError, UnknownNameError, UnsafeFileError
 from studio.family import detect
 from studio.hashes import cache_folder
@@ -24,6 +27,33 @@ def test_loads_a_stock_folder_ready_for_inference(base: Base, tiny_base: Path) -
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert base.sha256 == weights_sha256(tiny_base)
     assert load_base(tiny_base, device="cpu") is load_base(tiny_base, device="cpu")
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """A card that a base half fills, simulated in main memory: how much of it is free."""
+    room = {"free": 8 * 10**9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(studio.placement, "free_bytes", lambda device: room["free"])
+    monkeypatch.setattr(studio.base, "_numbers", lambda source: 10**9)
+    monkeypatch.setattr(studio.base, "_at", lambda placement: (torch.device("cpu"), placement.dtype))
+    forget_bases()
+    yield room
+    forget_bases()
+
+
+def test_a_loaded_base_is_taken_again_however_little_memory_it_leaves(tiny_base: Path, card: dict[str, int]) -> None:
+    first = load_base(tiny_base, device="cuda:0")
+    card["free"] -= 4 * 10**9
+    assert load_base(tiny_base, device="cuda:0") is first
+    assert not first.placement.offload
+    assert load_base(tiny_base, device="cuda:0", memory="low").placement.offload
+    forget_bases()
+    late = load_base(tiny_base, device="cuda:0")
+    assert late.placement.offload
+    card["free"] += 4 * 10**9
+    assert load_base(tiny_base, device="cuda:0") is late
 
 
 def test_half_precision_spares_the_vae(tiny_base: Path) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 import studio.placement
 from studio.errors import RequestError
 from studio.family import FAMILIES
-from studio.placement import Placement, Turns, as_device, as_dtype, place
+from studio.placement import Placement, Turns, as_device, as_dtype, fitted, place
 
 XL, TINY = FAMILIES["sdxl"], FAMILIES["embedded"]
 CUDA = torch.device("cuda", 0)
@@ -36,15 +36,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_card_that_is_too_small_offloads(card: None, weights: int, dtype: str | None, memory: str, offload: bool) -> None:
-    got = place(XL, lambda: weights, None, dtype, memory)
+    got = fitted(place(XL, None, dtype, memory), lambda: weights)
     assert got == Placement(device=CUDA, dtype=torch.float32 if dtype else torch.float16, memory=memory, offload=offload)
 
 
 def test_defaults_by_family_and_device(card: None) -> None:
-    assert place(TINY, lambda: 0).dtype == torch.float32
-    assert place(XL, lambda: 0, "cpu") == Placement(device=torch.device("cpu"), dtype=torch.float32)
-    assert not place(XL, lambda: 0, "cpu", memory="low").offload
-    assert place(XL, lambda: 0, "cuda").device == CUDA
+    assert place(TINY).dtype == torch.float32
+    assert place(XL, "cpu") == Placement(device=torch.device("cpu"), dtype=torch.float32)
+    assert not fitted(place(XL, "cpu", memory="low"), lambda: 0).offload
+    assert place(XL, "cuda").device == CUDA
     assert as_dtype("bf16") == torch.bfloat16
     assert as_dtype("auto") is None
     with pytest.raises(RequestError, match="'cuda:3' is not there: this machine has 1, numbered from 0"):
@@ -64,7 +64,7 @@ def test_defaults_by_family_and_device(card: None) -> None:
 def test_wrong_words_are_one_sentence(monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...], reason: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RequestError, match=reason):
-        place(XL, lambda: 0, *words)
+        place(XL, *words)
 
 
 class Moving(nn.Linear):

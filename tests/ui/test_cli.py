@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import pipelines.explain
 from studio.errors import (
     CancelledError,
     FileError,
@@ -69,7 +70,7 @@ def calls(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         machine.update(options)
         return FakeResult(as_request("again"))
 
-    fake.generate, fake.rerun = generate, rerun  # type: ignore[attr-defined]
+    fake.generate, fake.rerun, fake.explain = generate, rerun, pipelines.explain  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipelines", fake)
     monkeypatch.chdir(tmp_path)
     return seen
@@ -155,6 +156,29 @@ def test_another_method_takes_no_options_of_the_one_before(calls: list[Any], mac
     machine.clear()
     assert studio("rerun", "old.png", "--set", "tau=3") == 0
     assert machine == {"options": {"tau": 3}}
+
+
+def test_a_picture_is_made_again_with_other_regions_and_explained(
+    calls: list[Any], machine: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert studio("rerun", "old.png", "--region", "a@0,0,0.5,1", "--region", "b@m.png", "--explain", "why") == 0
+    assert machine == {"regions": ("a@0,0,0.5,1", "b@m.png"), "explain": Path("why")}
+    assert f"what was done: {Path('why') / 'index.html'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("generate", "a cat"), ("rerun", "old.png")])
+def test_a_place_that_cannot_be_written_is_said_before_drawing(
+    calls: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert studio(*command, "--out", "file/x.png") == FileError.exit_code
+    assert "cannot write to the folder file" in capsys.readouterr().err
+    assert studio(*command, "--out", "folder.png") == 2
+    assert "--out 'folder.png' is a folder" in capsys.readouterr().err
+    (tmp_path / "outputs").write_text("")
+    assert studio(*command) == FileError.exit_code
+    assert calls == []
 
 
 def test_rerun_hands_the_file_over(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
