@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compose.bank import Adapter, LoraBank
 from pipelines.prepare import check_size, load_adapters, prepare, worded
-from studio.base import base_sha256, load_base, locate
+from studio.base import base_sha256, load_base, locate, locate_vae
 from studio.embeddings import load_embeddings
 from studio.errors import FileError
 from studio.hashes import sha256_of
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from studio.base import Base
     from studio.lora.model import Lora
 
+MARK = "job"
+"""What a picture's record calls the digest of the job that wrote it."""
 Reach = Callable[[float], None]
 """Told how many of a job's pictures are done, in fractions."""
 
@@ -65,7 +67,7 @@ class Job(ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, str]:
-        """SHA-256 of everything beside the request that the result follows from, by what the request calls it."""
+        """SHA-256 of everything beside the request that the result follows from, by ``kind:`` and what the request calls it."""
 
     @abstractmethod
     def title(self) -> str:
@@ -84,12 +86,12 @@ class Job(ABC):
         """Load the model and check what depends on it."""
 
     @abstractmethod
-    def run(self, folder: Path, name: str, reach: Reach) -> Written:
-        """Do it; every file appears whole or not at all."""
+    def run(self, folder: Path, name: str, mark: str, reach: Reach) -> Written:
+        """Do it; every file appears whole or not at all, and carries ``mark``, which is not empty."""
 
     @abstractmethod
-    def made(self, file: Path) -> bool:
-        """Whether ``file`` looks like an earlier result of this very job."""
+    def marked(self, file: Path) -> str:
+        """The mark that ``file`` carries; "" when no job of this kind wrote it."""
 
 
 class GenerateJob(Job):
@@ -104,15 +106,19 @@ class GenerateJob(Job):
         self.prepared = prepare(self.request, machine.lora_dirs)
         worded(self.prepared.request, load_adapters(self.prepared, _read))
         load_embeddings(self.request.embeddings)
-        self.model = (str(locate(request.base)), request.vae or "")
+        self.model = (str(locate(request.base)), "" if request.vae is None else str(locate_vae(request.vae)))
 
     def inputs(self) -> dict[str, str]:
-        names = [ref.name for ref in self.prepared.request.loras]
+        names = [f"lora:{ref.name}" for ref in self.prepared.request.loras]
         files = dict(zip(names, self.prepared.files, strict=True))
-        files |= {str(path): path.expanduser() for path in self.request.pictures}
-        files |= {name: Path(name).expanduser() for name in self.request.embeddings}
+        files |= {f"picture:{path}": path.expanduser() for path in self.request.pictures}
+        files |= {f"embedding:{name}": Path(name).expanduser() for name in self.request.embeddings}
+        base, vae = map(Path, self.model)
+        if self.request.vae is not None:
+            parts = sorted(vae.glob("*.safetensors")) if vae.is_dir() else [vae]
+            files |= {f"vae:{self.request.vae}/{part.name}": part for part in parts}
         return {
-            self.request.base: base_sha256(Path(self.model[0])),
+            f"base:{self.request.base}": base_sha256(base),
             **dict(zip(files, sha256_of(list(files.values())), strict=True)),
         }
 
@@ -133,7 +139,7 @@ class GenerateJob(Job):
         for ref, file in zip(self.prepared.request.loras, self.prepared.files, strict=True):
             _fits(base, ref.name, file)
 
-    def run(self, folder: Path, name: str, reach: Reach) -> Written:
+    def run(self, folder: Path, name: str, mark: str, reach: Reach) -> Written:
         from pipelines.image import generate
 
         machine = self.machine
@@ -153,16 +159,16 @@ class GenerateJob(Job):
             dtype=machine.dtype,
             memory=machine.memory,
         )
+        for record in result.sidecars:
+            record[MARK] = mark
         facts = {"seeds": result.seeds, "seconds": round(result.seconds, 3), "notes": result.notes}
         return Written(files=result.save(folder / f"{name}.png"), facts=facts)
 
-    def made(self, file: Path) -> bool:
+    def marked(self, file: Path) -> str:
         try:
-            told = (read_carried(file).record or {}).get("request", {})
+            return str((read_carried(file).record or {}).get(MARK, ""))
         except FileError:
-            return False
-        first = self.request.seed or 0
-        return told.get("method") == self.request.method and told.get("seed") in range(first, first + self.request.count)
+            return ""
 
     def _base(self) -> Base:
         machine, request = self.machine, self.request

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+NOT_PLAIN = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What PyYAML raises beside its own errors where a value is not what it looks like, such as ``2024-02-30`` or ``!!int foo``."""
+
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     """``OPTION=VALUE`` pairs, values read as YAML (``0.5``, ``true``, ``[a, b]``, ``null``).
@@ -28,7 +31,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
             raise RequestError(f"--set {key} is given twice: give it once")
         try:
             values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, *NOT_PLAIN):
             raise RequestError(f"--set '{text}': '{value}' is not a YAML value, for example 5, true or [a, b]") from None
     return values
 

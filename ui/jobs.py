@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio.errors import FileError, RequestError, StudioError, UnknownNameError
+from ui.arguments import NOT_PLAIN, slug
 
 if TYPE_CHECKING:
     from pipelines.jobs import Job, Machine
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 JSON_LINES = (".jsonl", ".ndjson")
 YAML = (".yaml", ".yml")
 NAME = re.compile(r"\w[\w .+-]{0,99}")
+NAME_BYTES = 200
+"""File systems take names of 255 bytes; ours get a number, an ending and, while they are written, eight digits more."""
 VERSION = 1
+TOO_DEEP = "values lie too deep in each other: write fewer levels of [ ] and { }"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,9 @@ def _json_lines(text: str) -> Iterator[Line | Problem]:
             continue
         try:
             value = json.loads(line, object_pairs_hook=_pairs, parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            yield Problem(line=number, error=RequestError(TOO_DEEP))
+        except ValueError as error:
             yield Problem(line=number, error=RequestError(f"no JSON ({getattr(error, 'msg', error)})"))
         except RequestError as error:
             yield Problem(line=number, error=error)
@@ -113,7 +119,7 @@ def _pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RequestError(f"'{twice}' is given twice: give it once")
+        raise RequestError(f"{twice!r} is given twice: give it once")
     return found
 
 
@@ -125,34 +131,40 @@ def _yaml_lines(text: str) -> Iterator[Line | Problem]:
     """Each entry of the list, or each document that is not a list."""
     import yaml
 
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         while loader.check_node():
             top = loader.get_node()
             for node in top.value if isinstance(top, yaml.SequenceNode) else [top]:
                 yield _yaml_line(loader, node)
+    except yaml.reader.ReaderError as error:
+        place = text.count("\n", 0, error.position) + 1
+        yield Problem(line=place, error=RequestError(f"no YAML (the character U+{error.character:04X} must not stand there)"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         why = RequestError(f"no YAML ({getattr(error, 'problem', None) or error})")
         yield Problem(line=mark.line + 1 if mark else 1, error=why)
-    finally:
-        loader.dispose()
+    except RecursionError:
+        yield Problem(line=loader.line + 1, error=RequestError(TOO_DEEP))
 
 
 def _yaml_line(loader: Any, node: Any) -> Line | Problem:
-    from yaml import MarkedYAMLError
+    from yaml import YAMLError
 
     number = node.start_mark.line + 1
-    keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value] if node.id == "mapping" else []
+    pairs = node.value if node.id == "mapping" else []
+    keys = [(key.value, key.start_mark.line + 1) for key, _ in pairs if key.id == "scalar"]
     places: dict[str, int] = {}
     for key, place in keys:
         if key in places:
-            return Problem(line=place, error=RequestError(f"'{key}' is given twice: give it once"))
+            return Problem(line=place, error=RequestError(f"{key!r} is given twice: give it once"))
         places[key] = place
     try:
         return _line(number, loader.construct_object(node, deep=True), places)
-    except MarkedYAMLError as error:
-        return Problem(line=number, error=RequestError(f"no plain YAML ({error.problem})"))
+    except RecursionError:
+        return Problem(line=number, error=RequestError(TOO_DEEP))
+    except (YAMLError, *NOT_PLAIN) as error:
+        return Problem(line=number, error=RequestError(f"no plain YAML ({getattr(error, 'problem', None) or error})"))
 
 
 def read_jobs(path: Path, machine: Machine) -> tuple[list[Item], list[Problem]]:
@@ -180,6 +192,11 @@ def read_jobs(path: Path, machine: Machine) -> tuple[list[Item], list[Problem]]:
             problems.append(Problem(line=error.line, error=error.reason))
         except StudioError as error:
             problems.append(Problem(line=line.number, error=error))
+        except RecursionError:
+            problems.append(Problem(line=line.number, error=RequestError(TOO_DEEP)))
+        except OSError as error:  # of names that no file can have
+            why = FileError(f"cannot look for a file it names: {error.strerror or error}")
+            problems.append(Problem(line=line.number, error=why))
         else:
             digests[item.digest] = line.number
             files |= dict.fromkeys((file.lower() for file in item.outputs), line.number)
@@ -202,9 +219,9 @@ def checked(line: Line, machine: Machine) -> Item:
         StudioError: what is wrong with it.
     """
     from pipelines.jobs import KINDS, digest
-    from ui.arguments import slug
 
     values = dict(line.values)
+    _check_text(values)
     kind, version = values.get("kind"), values.get("version", VERSION)
     if kind is None:
         raise RequestError(f"'kind' is missing: say what to make, one of {', '.join(KINDS)}")
@@ -219,7 +236,25 @@ def checked(line: Line, machine: Machine) -> Item:
     name = values.pop("name", "")
     if not isinstance(name, str) or (name and not NAME.fullmatch(name)):
         raise RequestError(f"name {name!r} cannot name a file: use letters, digits, spaces and . _ + -, at most 100")
+    if len(name.encode()) > NAME_BYTES:
+        raise RequestError(f"name '{name}' is too long for a file: {len(name.encode())} bytes of UTF-8, at most {NAME_BYTES}")
     job = KINDS[kind](takes.of(**values), name, machine)
     inputs = job.inputs()
-    found = digest(job.request.model_dump(mode="json"), inputs, name)
+    found = digest(job.request.model_dump(mode="json"), _short(inputs), name)
     return Item(line=line.number, name=name or f"{slug(job.title())}-{found[:8]}", job=job, inputs=inputs, digest=found)
+
+
+def _check_text(values: Mapping[str, Any]) -> None:
+    """Refuse halves of characters, which JSON and YAML can escape and nothing can write."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise RequestError(f"a text holds \\u{half:04x}, half of a character: write the whole character") from None
+
+
+def _short(inputs: Mapping[str, str]) -> dict[str, str]:
+    """Inputs without their kinds where that keeps them apart: the request says which is which, and what was made before kinds
+    were noted keeps its digest."""
+    short = {key.partition(":")[2]: found for key, found in inputs.items()}
+    return short if len(short) == len(inputs) else dict(inputs)

@@ -48,15 +48,16 @@ class Manifest:
         self.folder = folder
         busy = f"another 'studio render' is at work in {folder}: wait for it, or choose another folder"
         self.lines = Lines(folder / MANIFEST, busy)
-        self.entries = self._read()
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        """The last entry of each job."""
-        found = {}
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.writers: dict[str, str] = {}
         for entry in json_lines(self.lines.data):
             with suppress(TypeError, KeyError):
-                found[str(entry["hash"])] = entry
-        return found
+                self._take(str(entry["hash"]), entry)
+
+    def _take(self, digest: str, entry: dict[str, Any]) -> None:
+        """Remember the last entry of each job, and which job wrote each file last: a line may be edited under its old name."""
+        self.writers |= dict.fromkeys(entry.get("files", {}), digest)
+        self.entries[digest] = entry
 
     def has(self, item: Item) -> bool:
         """Whether an item is done and its files still are what was written."""
@@ -66,20 +67,23 @@ class Manifest:
             entry.get("state") == DONE
             and set(told) == set(item.outputs)
             and all(
-                (self.folder / name).is_file() and (self.folder / name).stat().st_size == size for name, size in told.items()
+                self.writers[name] == item.digest
+                and (self.folder / name).is_file()
+                and (self.folder / name).stat().st_size == size
+                for name, size in told.items()
             )
         )
 
     def knows(self, name: str) -> bool:
         """Whether a file of this name was written from here."""
-        return any(name in entry.get("files", {}) for entry in self.entries.values())
+        return name in self.writers
 
     def add(self, item: Item, state: str, **facts: Any) -> None:
         """Note what became of an item, and make sure that it stays noted."""
         entry = {"hash": item.digest, "state": state, "line": item.line, "name": item.name, "kind": item.resolved()["kind"],
                  **facts, "request": item.resolved(), "inputs": dict(item.inputs)}  # fmt: skip
         self.lines.add(entry)
-        self.entries[item.digest] = entry
+        self._take(item.digest, entry)
 
     def sweep(self, items: Sequence[Item]) -> None:
         """Take away the halves of files that a crash left."""
@@ -155,7 +159,7 @@ def _reach(bar: Bar, before: int, done: float) -> None:
 def _make(item: Item, manifest: Manifest, outcome: Outcome, reach: Callable[[float], None]) -> None:
     trace = ""
     try:
-        made = item.job.run(manifest.folder, item.name, reach)
+        made = item.job.run(manifest.folder, item.name, item.digest, reach)
     except CancelledError:
         raise
     except StudioError as error:
@@ -181,11 +185,11 @@ def _say(item: Item, outcome: Outcome, finished: int, total: int, started: float
 
 
 def refuse_foreign(items: Sequence[Item], manifest: Manifest) -> None:
-    """Nothing is written over that this command did not write."""
+    """Nothing is written over that this command did not write: the manifest knows its name, or it carries a job's mark."""
     for item in items:
         for name in item.outputs:
             file = manifest.folder / name
-            if file.exists() and not manifest.knows(name) and not item.job.made(file):
+            if file.exists() and not manifest.knows(name) and not item.job.marked(file):
                 raise FileError(
                     f"line {item.line} would write over {file}, which no job file made: move it, or give the line another name"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipelines.jobs import GenerateJob, Machine
+from pipelines.image import generate
+from pipelines.jobs import GenerateJob, Machine, digest
 from studio.errors import FileError, NumericsError, RequestError
 from studio.lora.model import Lora
 from studio.lora.write import save_lora
+from studio.media import read_carried, save_png
 from ui import cli, console
 from ui.jobs import read_jobs
 from ui.render import Manifest
@@ -98,6 +101,42 @@ def test_other_contents_of_a_lora_are_another_job(job: Any, tmp_path: Path, make
     assert before.job.request == after.job.request
 
 
+def test_inputs_of_one_name_are_kept_apart(
+    job: Any, tmp_path: Path, make_lora: MakeLora, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base and a LoRA may share a name; where nothing does, what was made before kinds were noted keeps its digest."""
+    bases, loras = tmp_path / "bases", tmp_path / "loras"
+    shutil.copytree(tiny_base, bases / "cat")
+    monkeypatch.setenv("STUDIO_MODEL_PATH", str(bases))
+    save_lora(loras / "cat.safetensors", make_lora(1, trigger="sks"))
+    save_lora(loras / "dog.safetensors", make_lora(2, trigger="sks"))
+    fields = {"base": "cat", "prompt": "a sks cat"}
+    jobs = write(tmp_path / "j.jsonl", job(**fields, loras=["cat"], name="x"), job(**fields, loras=["dog"], name="y"))
+    (one, plain), problems = read_jobs(jobs, Machine(lora_dirs=(loras,)))
+    assert problems == []
+    assert set(one.inputs) == {"base:cat", "lora:cat"}
+    bare = {"cat": plain.inputs["base:cat"], "dog": plain.inputs["lora:dog"]}
+    assert plain.digest == digest(plain.job.request.model_dump(mode="json"), bare, "y")
+    before = one.digest
+    weights = bases / "cat" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    (one, _), _ = read_jobs(jobs, Machine(lora_dirs=(loras,)))
+    assert one.digest != before
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_other_contents_of_a_vae_are_another_job(job: Any, tmp_path: Path, tiny_base: Path, whole: bool) -> None:
+    folder = shutil.copytree(tiny_base / "vae", tmp_path / "vae")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    jobs = write(tmp_path / "j.jsonl", job(vae=str(folder if whole else weights)), job())
+    (before, without), problems = read_jobs(jobs, Machine())
+    assert problems == []
+    weights.write_bytes(weights.read_bytes() + b" ")
+    (after, same), _ = read_jobs(jobs, Machine())
+    assert before.digest != after.digest
+    assert without.digest == same.digest
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -108,6 +147,13 @@ def test_other_contents_of_a_lora_are_another_job(job: Any, tmp_path: Path, make
         ({"version": 2}, "version 2 of 'generate' is not known here"),
         ({"name": "../x"}, "name '../x' cannot name a file"),
         ({"name": 5}, "name 5 cannot name a file"),
+        ({"name": "\u93e1" * 90}, "is too long for a file: 270 bytes of UTF-8, at most 200"),
+        ({"base": "x" * 300}, "cannot look for a file it names: File name too long"),
+        ({"vae": "nowhere"}, "unknown VAE 'nowhere'"),
+        ({"negative": "half a face \ud83d"}, r"a text holds \ud83d, half of a character"),
+        ({"\udc80": 1}, r"a text holds \udc80, half of a character"),
+        ('{"\\ud83d": 1, "\\ud83d": 1}', r"'\ud83d' is given twice"),
+        ("[" * 100_000, "values lie too deep in each other"),
         ({"steps": "many"}, "steps: "),
         ({"size": [18, 16]}, "size 18x16 does not fit base 'tiny'"),
         ({"loras": ["nowhere"]}, "unknown LoRA 'nowhere'"),
@@ -163,6 +209,19 @@ def test_yaml_says_the_same_and_knows_its_lines(job: Any, tmp_path: Path, capsys
         assert text.startswith(place)
     jobs.write_text("- kind: generate\n- [\n")
     assert [problem.line for problem in read_jobs(jobs, Machine())[1]] == [3]
+    for value, place in (
+        ("prompt: 2024-02-30", "line 1: no plain YAML (day is out of range for month)"),
+        ("seed: !!int foo", "line 1: no plain YAML (invalid literal"),
+        ("seed: !!bool foo", "line 1: no plain YAML ("),
+        ("seed: !!timestamp foo", "line 1: no plain YAML ("),
+        ("? [a, b]\n  : 1", "line 1: no plain YAML (found unhashable key)"),
+        (f"options: {'[' * 900}{']' * 900}", "line 2: values lie too deep in each other"),
+        ("prompt: a \x01", "line 2: no YAML (the character U+0001 must not stand there)"),
+        ('prompt: "\\ud83d"', "line 1: a text holds"),
+    ):
+        jobs.write_text(f"- kind: generate\n  {value}\n")
+        (problem,) = read_jobs(jobs, Machine())[1]
+        assert str(problem).startswith(place)
     with pytest.raises(RequestError, match=r"must end in .jsonl"):
         read_jobs(tmp_path / "jobs.txt", Machine())
     with pytest.raises(FileError, match="cannot read"):
@@ -193,10 +252,10 @@ def test_a_failure_costs_only_its_own_line(
     real = GenerateJob.run
     bad: dict[str, Exception] = {"a": NumericsError("the model produced NaN"), "b": ZeroDivisionError("a bug")}
 
-    def run(self: GenerateJob, folder: Path, name: str, reach: Any) -> Any:
+    def run(self: GenerateJob, folder: Path, name: str, mark: str, reach: Any) -> Any:
         if name in bad:
             raise bad[name]
-        return real(self, folder, name, reach)
+        return real(self, folder, name, mark, reach)
 
     monkeypatch.setattr(GenerateJob, "run", run)
     jobs, out = write(tmp_path / "j.jsonl", *[job(name=name) for name in "abc"]), tmp_path / "out"
@@ -223,9 +282,51 @@ def test_nothing_foreign_is_written_over(job: Any, tmp_path: Path, capsys: pytes
     assert (out / "cat.png").read_bytes() == mine
     (out / "cat.png").unlink()
     assert studio(jobs, "--out", out) == 0
-    # A crash after the renaming and before the note leaves a file that is recognised.
+    # A crash after the renaming and before the note leaves a file that is recognised, also when the line is edited then.
     (out / "manifest.jsonl").unlink()
+    write(jobs, job("a dog", name="cat"))
     assert studio(jobs, "--out", out) == 0
+
+
+def test_a_picture_made_by_hand_is_foreign(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one of the same seed, and even of the very same request."""
+    line, out = job(name="cat"), tmp_path / "out"
+    asked = {key: value for key, value in line.items() if key not in ("name", "prompt")}
+    for prompt in ("a dog", "a cat"):
+        generate(prompt, **asked, progress=False).save(out / "cat.png")
+        mine = (out / "cat.png").read_bytes()
+        assert studio(write(tmp_path / "j.jsonl", line), "--out", out) == 4
+        assert "would write over" in capsys.readouterr().err
+        assert (out / "cat.png").read_bytes() == mine
+
+
+def test_an_edited_line_is_made_again_even_when_it_is_edited_back(
+    job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs, out = tmp_path / "j.jsonl", tmp_path / "out"
+    made = []
+    for prompt in ("a cat", "a dog", "a cat", "a cat"):
+        assert studio(write(jobs, job(prompt, name="x")), "--out", out, "--json") == 0
+        made.append(len(json.loads(capsys.readouterr().out)["made"]))
+        # Sizes that happen to be the same must not hide whose picture it is.
+        entries = [{**entry, "files": {"x.png": (out / "x.png").stat().st_size}} for entry in manifest(out)]
+        write(out / "manifest.jsonl", *entries)
+        assert read_carried(out / "x.png").record["request"]["prompt"] == prompt
+    assert made == [1, 1, 1, 0]
+
+
+def test_a_failure_does_not_make_a_file_foreign(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, out = write(tmp_path / "j.jsonl", job(name="x")), tmp_path / "out"
+    assert studio(jobs, "--out", out) == 0
+    save_png(out / "x.png", Image.new("RGB", (4, 4)), {"request": {}}, "")  # as versions without the mark wrote it
+
+    def fails(*_: Any) -> Any:
+        raise NumericsError("NaN")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GenerateJob, "run", fails)
+        assert studio(jobs, "--out", out, "--again") == 1
+    assert studio(write(jobs, job("a dog", name="x")), "--out", out) == 0
 
 
 def test_a_torn_manifest_and_halves_of_files_are_cleaned_up(job: Any, tmp_path: Path) -> None:
