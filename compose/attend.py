@@ -29,7 +29,7 @@ from compose.attention import Maps
 from compose.bank import Adapter, Layer, OnLayer
 from compose.figures import Curves, Figure
 from compose.finder import locate
-from compose.guidance import Loss, Unit, begins_step, latents_gradient, lossy, phi, reaches, scaled, updated, visits, word_maps
+from compose.guidance import Loss, Unit, begins_step, latents_gradient, lossy, phi, reaches, scaled, updated, word_maps
 from compose.maps import mean_map, smoothed
 from compose.options import Share, Strength, from_json, names
 from compose.routes import constant
@@ -104,6 +104,10 @@ class Attend(Method):
         self.method = method_named(self.options.method, **self.options.inner)
         self.regions = self.method.regions  # type: ignore[misc]
 
+    @property
+    def divisible(self) -> bool:
+        return self.method.divisible
+
     def check(self, adapters: Sequence[Adapter]) -> None:
         self.method.check(adapters)
 
@@ -136,10 +140,12 @@ class Attend(Method):
     def before_step(self, run: Run, step: Step) -> None:
         self.method.before_step(run, step)
         self.updates.append(0)
+        if step.index == 0:
+            self._last = step.skipped - 1
         if self.sets is None or step.fraction >= self.options.until or not begins_step(run.scheduler):
             return
-        each = visits(run.scheduler)
-        wanted = [threshold for share, threshold in self.options.thresholds.items() if reaches(step, share, each)]
+        wanted = [threshold for share, threshold in self.options.thresholds.items() if reaches(step, share, self._last)]
+        self._last = step.skipped + step.index
         for _ in range(self.options.refinements if wanted else 0):
             value, gradient = self.descent(run, step)
             lacking = value > 1 - max(wanted)

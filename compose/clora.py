@@ -53,7 +53,6 @@ from compose.guidance import (
     scaled,
     self_maps,
     updated,
-    visits,
     word_maps,
 )
 from compose.maps import SecondHalf, Seen, mean_map, mean_values, min_max
@@ -186,9 +185,12 @@ class CLoRA(Separate):
 
     def before_step(self, run: Run, step: Step) -> None:
         self.updates.append(0)
+        if step.index == 0:
+            self._last = step.skipped - 1
         if not self.guides(run, step):
             return
-        refining = any(reaches(step, share, visits(run.scheduler)) for share in self.options.refine)
+        refining = any(reaches(step, share, self._last) for share in self.options.refine)
+        self._last = step.skipped + step.index
         if refining or (self.options.between and not self.options.legacy_eps):
             for _ in range(self.options.refinements if refining else 1):
                 self.update(run, step)

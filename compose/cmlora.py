@@ -79,9 +79,9 @@ class CMLoRAOptions(MeanOptions):
             raise ValueError(f"'breaks' are {self.breaks[0]:g},{self.breaks[1]:g}: the first must not be the larger")
         if self.order in ("random", "rotation"):
             for name in ("high", "phase"):
-                if name in self.model_fields_set:
+                if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"'{name}' does nothing with order='{self.order}', which knows no phases: leave it out")
-        if self.order != "random" and "seed" in self.model_fields_set:
+        if self.order != "random" and self.seed:
             raise ValueError(f"'seed' does nothing with order='{self.order}', which draws nothing: take order=random")
         return self
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -208,19 +208,14 @@ def lossy(scheduler: object) -> list[str]:
     return ["the sampler 'unipc' takes back most of what guidance moves: choose another, such as 'dpmpp_2m'"]
 
 
-def visits(scheduler: Any) -> int:
-    """How many timesteps lie at most between two beginnings of a step."""
-    return int(scheduler.config.solver_order if hasattr(scheduler, "order_list") else scheduler.order)
-
-
-def reaches(step: Step, share: float, visits: int = 1) -> bool:
+def reaches(step: Step, share: float, last: int) -> bool:
     """Whether ``step`` is the first one at or after ``share`` of the schedule, among those where a step begins.
 
     Args:
-        visits: see :func:`visits`.
+        last: where the step before it began, counted over the whole schedule; one less than the first of the run if none did.
     """
     first = ceil(share * (step.skipped + step.count) - 1e-6)
-    return first <= step.skipped + step.index < first + visits
+    return last < first <= step.skipped + step.index
 
 
 def phi(position: int, total: int, size: float, end: float = 0.5) -> float:

@@ -64,7 +64,7 @@ class MergeOptions(Options):
             raise ValueError(f"'rank' does nothing with how='{self.how}', which keeps every rank: take svd, ties, dare or lego")
         if self.density is not None and self.how not in DENSITY:
             raise ValueError(f"'density' does nothing with how='{self.how}', which drops no entries: take {', '.join(DENSITY)}")
-        if "seed" in self.model_fields_set and self.how not in RANDOM:
+        if self.seed and self.how not in RANDOM:
             raise ValueError(f"'seed' does nothing with how='{self.how}', which draws nothing: take {', '.join(RANDOM)}")
         return self
 

@@ -152,10 +152,20 @@ def clauses(prompt: str, arrangement: Arrangement) -> list[tuple[str, bool]]:
 
 
 def _parts(prompt: str) -> list[str]:
-    """``prompt`` cut at its commas, but for those in brackets; an escaped bracket is a sign like any other."""
+    """``prompt`` cut at its commas, but for those in brackets; an escaped bracket, and one that is never closed, is a sign like
+    any other."""
+    signs = re.findall(r"\\.|.", prompt, re.DOTALL)
+    opened: list[int] = []
+    inside = [0] * (len(signs) + 1)
+    for at, sign in enumerate(signs):
+        if sign in ("(", "["):
+            opened.append(at)
+        elif sign in (")", "]") and opened:
+            inside[opened.pop()] += 1
+            inside[at] -= 1
     found, depth = [""], 0
-    for sign in re.findall(r"\\.|.", prompt, re.DOTALL):
-        depth = max(depth + (sign in ("(", "[")) - (sign in (")", "]")), 0)
+    for sign, change in zip(signs, inside, strict=False):
+        depth += change
         if sign == "," and depth == 0:
             found.append("")
         else:

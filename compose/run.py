@@ -247,6 +247,11 @@ class Method:
         """
         return cls(cls.takes.of(**options))
 
+    @property
+    def divisible(self) -> bool:
+        """Whether less :attr:`Run.room` would mean less memory: passes are made side by side, and nobody said how many."""
+        return getattr(self.options, "chunk", 1) is None
+
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise a RequestError when these LoRAs cannot be composed this way; called before anything is loaded or attached."""
 

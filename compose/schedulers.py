@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -185,7 +186,8 @@ def inverse_scheduler(like: SchedulerMixin) -> SchedulerMixin:
     from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 
     # Both must agree on the cumulative alpha of the cleanest level, or the last step would jump.
-    return DDIMInverseScheduler.from_config(noise_schedule(like))
+    known = inspect.signature(DDIMInverseScheduler).parameters
+    return DDIMInverseScheduler.from_config({key: value for key, value in noise_schedule(like).items() if key in known})
 
 
 def set_steps(scheduler: SchedulerMixin, steps: int, device: Any) -> None:

@@ -207,8 +207,3 @@ def chunks(passes: Sequence[int], size: int) -> list[Sequence[int]]:
 def at_once(run: Run, wanted: int | None) -> int:
     """How many passes share a forward: as many as told, else as fit ``run.room``; at least 1."""
     return wanted or max(1, run.room // len(run.latents))
-
-
-def divisible(method: Method) -> bool:
-    """Whether a method would need less memory with less ``room``: it makes passes side by side, and nobody said how many."""
-    return "chunk" in type(method.options).model_fields and method.options.chunk is None  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import studio
-from compose import method_class
+from compose import method_named
 from compose.schedulers import sampler_name
 from pipelines.image import GenerateResult, generate
 from pipelines.records import check_record
@@ -130,7 +130,8 @@ def _other_regions(request: GenerateRequest, name: str, changes: Mapping[str, An
     if "regions" in changes:
         return True
     method = str(changes.get("method", request.method))
-    if method_class(method).regions != "none":
+    options = changes.get("options", request.options if method == request.method else {})
+    if method_named(method, **options).regions != "none":  # of a method around another, it depends on that one
         return False
     notes.append(f"method '{method}' takes no regions: those of {name} are left out")
     return True

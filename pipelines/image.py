@@ -16,7 +16,6 @@ from compose import method_named
 from compose.bank import Adapter, Fuse, Layer, LoraBank
 from compose.denoise import Event, OnStep, Start, denoise
 from compose.run import Method
-from compose.separate import divisible
 from compose.text import Encoded, Reading, Wording, encode_pair, words_of
 from pipelines.explain import report, words_shown, writable
 from pipelines.memory import check_memory, decode_within, is_out_of_memory, out_of_memory
@@ -246,10 +245,10 @@ def _sample(work: _Work, notes: list[str]) -> list[Image]:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(now) == 1 and (room == 1 or not divisible(method())):
+                if len(now) == 1 and (room == 1 or not method().divisible):
                     raise out_of_memory(base, size, halves) from error
                 room = max(len(now) // 2, 1)
-                what = f"the pictures were made {room} at a time" if len(now) > 1 else "each forward had one LoRA at a time"
+                what = f"the pictures were made {room} at a time" if len(now) > 1 else "forwards had one pass at a time"
                 said = [f"memory was short: {what}"]
                 if work.figures is not None and not images:
                     work.figures.clear()

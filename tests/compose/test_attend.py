@@ -182,3 +182,18 @@ def test_pndm_is_guided_where_it_does_not_step_from_a_state_of_its_own(two: list
     attend = Attend.of(step=0.5, thresholds={}, until=1.0)
     sample(attend, two, prompt=PROMPT, scheduler="pndm", steps=5)
     assert attend.updates[:3] == [1, 0, 1]
+
+
+def test_no_threshold_is_lost_where_pndm_stays(two: list[Adapter], sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share 0.2 falls on its second timestep, where no step begins: the next one refines."""
+    refined: list[int] = []
+    before = Attend.descent
+
+    def counted(self: Attend, run: Run, step: Step) -> tuple[Tensor, Tensor]:
+        refined.append(step.index)
+        return before(self, run, step)
+
+    monkeypatch.setattr(Attend, "descent", counted)
+    attend = Attend.of(step=1e-9, thresholds={0.2: 1.0}, refinements=2, until=1.0)
+    sample(attend, two, prompt=PROMPT, scheduler="pndm", steps=4)
+    assert refined == [0, 2, 2, 2, 3, 4]

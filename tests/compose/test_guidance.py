@@ -289,13 +289,16 @@ def test_a_step_may_be_measured_in_noise(run: Run) -> None:
 def test_a_share_of_the_schedule_is_reached_once(count: int) -> None:
     for share in (0.0, 0.2, 0.3, 0.4, 0.95):
         steps = [Step(index=index, count=count, timestep=torch.tensor(0)) for index in range(count)]
-        (only,) = [step.index for step in steps if reaches(step, share)] if share * count <= count - 1 else (-1,)
+        (only,) = (
+            [step.index for step in steps if reaches(step, share, step.index - 1)] if share * count <= count - 1 else (-1,)
+        )
         assert only in (-1, math.ceil(share * count - 1e-9))
     for share in (0.0, 0.2, 0.3, 0.4, 0.8):  # a sampler that visits each level twice, after the first: states are at even steps
         states = [Step(index=index, count=2 * count, timestep=torch.tensor(0)) for index in range(0, 2 * count, 2)]
-        assert sum(reaches(step, share, 2) for step in states) == 1
+        assert sum(reaches(step, share, step.index - 2) for step in states) == 1
     late = [Step(index=index, count=count, skipped=count, timestep=torch.tensor(0)) for index in range(count)]
-    assert not any(reaches(step, 0.2) for step in late) and reaches(late[0], 0.5)
+    assert not any(reaches(step, 0.2, count + step.index - 1) for step in late)
+    assert reaches(late[0], 0.5, count - 1)
 
 
 def test_guidance_of_size_zero_changes_no_bit_and_a_small_one_lowers_the_loss(sample: Sample, two: list[Adapter]) -> None:

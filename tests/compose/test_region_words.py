@@ -114,3 +114,7 @@ def test_clauses_are_cut_at_commas_outside_brackets() -> None:
     assert [text for text, _ in clauses(prompt, Arrangement(places=[], styles=[]))] == [
         "(a zarn animal, (old) grass:1.2)", "blue sky", "[a, b]", r"smile \(x", "y",
     ]  # fmt: skip
+    unclosed = "a happy cat :( on grass, (old, blue) sky, a dog"
+    assert [text for text, _ in clauses(unclosed, Arrangement(places=[], styles=[]))] == [
+        "a happy cat :( on grass", "(old, blue) sky", "a dog",
+    ]  # fmt: skip

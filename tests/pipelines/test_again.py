@@ -167,6 +167,12 @@ def test_a_method_without_regions_leaves_them_out(placed: tuple[Path, Path]) -> 
     assert "sks1 dog" in again.request.prompt
 
 
+def test_a_method_around_one_without_regions_leaves_them_out_too(placed: tuple[Path, Path]) -> None:
+    path, folder = placed
+    again = rerun(path, method="attend", options={"step": 0}, lora_dirs=[folder])
+    assert again.request.regions == ()
+
+
 def test_other_regions_may_be_given(placed: tuple[Path, Path], tmp_path: Path) -> None:
     path, folder = placed
     again = rerun(path, regions=["cat@0,0,1,0.5"], lora_dirs=[folder])

@@ -258,7 +258,7 @@ def test_memory_that_runs_out_lets_fewer_loras_act_at_once(
             generate("a cat", **quick, loras=loras, method=method)
     else:
         result = generate("a cat", **quick, loras=loras, method=method)
-        assert result.notes == ["memory was short: each forward had one LoRA at a time"]
+        assert result.notes == ["memory was short: forwards had one pass at a time"]
         assert np.abs(pixels(result.images[0]) - pixels(with_room.images[0])).max() <= 1
     assert len(seen) == tries
 
