@@ -18,8 +18,9 @@ from studio.errors import FileError, RequestError, UnknownNameError
 from studio.requests import GenerateRequest
 from tests.bench import combinations as world
 from tests.bench.combinations import LORAS, Case, all_cases, cases, single_cases
-from tests.bench.compose import Bench, Drawn, Means, Scope, Wish, names_of
+from tests.bench.compose import Bench, Scope, Wish, names_of
 from tests.bench.compose_judge import Seen
+from tests.bench.compose_means import Drawn, Means
 from tests.bench.compose_report import MARK, report
 from tests.bench.compose_rows import (
     ROWS,
