@@ -15,6 +15,7 @@ from compose.schedulers import sampler_named
 from studio.errors import FileError
 from studio.hashes import MODEL_DIGITS, auto_v3, sha256_of
 from studio.infotext import write
+from studio.requests import place_of
 
 if TYPE_CHECKING:
     from compose.bank import Adapter
@@ -127,7 +128,7 @@ def check_record(record: Mapping[str, Any], file: str) -> None:
         _Form.model_validate(record)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = place_of(first["loc"])
         raise FileError(
             f"the record in {file} is damaged: '{place}' is {'missing' if first['type'] == 'missing' else 'of another form'}; "
             "give an unedited copy of the picture"

@@ -55,9 +55,14 @@ BRANCH = re.compile(r"float|int|str|bool|(function-|constrained-|literal\[|tuple
 """How pydantic names the sides of a union, which say nothing to a user."""
 
 
+def place_of(loc: Sequence[int | str]) -> str:
+    """Where a value stands, as users write it, of what pydantic says of its place: ``loras.0.weight``."""
+    return ".".join(str(part) for part in loc if not BRANCH.fullmatch(str(part)))
+
+
 def _sentence(model: type[BaseModel], error: ValidationError) -> RequestError:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if not BRANCH.fullmatch(str(part)))
+    place = place_of(first["loc"])
     if first["type"] == "extra_forbidden":
         return UnknownNameError("setting", place, list(model.model_fields))
     if first["type"] == "missing":

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from studio.errors import RequestError, UnknownNameError
 from studio.paths import EMBEDDED
+from studio.requests import place_of
 from training.idle import idle
 from training.names import FOREIGN_NAMES, SPELLINGS
 
@@ -389,9 +390,7 @@ def _sentence(error: ValidationError) -> str:
     text = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return text
-    key = ".".join(
-        str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-", "str", "tuple["))
-    )
+    key = place_of(first["loc"])
     if first["type"] == "missing":
         return f"training option '{key}' is missing: give {NEEDED[key]}"
     return f"training option '{key}' is {first['input']!r}: {text[0].lower()}{text[1:]}"
