@@ -51,11 +51,10 @@ def spell(words: Words, prompt: str) -> Spelling:
                 elif text:
                     told = words.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
                     spans += [(start + first, start + last) for first, last in told.offset_mapping]
-    end = words.tokenizer.eos_token_id
     columns = [
         number * words.context + column
         for number, chunk in enumerate(chunks(words, prompt))
-        for column in range(1, chunk.ids.index(end, 1))
+        for column in range(1, chunk.used + 1)
     ]
     if len(columns) != len(spans):
         raise RuntimeError(f"{len(spans)} tokens but {len(columns)} columns: the tokenizer reads pieces and whole differently")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from studio.errors import RequestError, WrongBaseError
@@ -44,11 +44,13 @@ class Chunk:
         weights: of each column; those of begin, end and padding are 1.
         vectors: learnt vectors by the column where they begin: ``[n, d]``, or ``[layers, n, d]``, other ones for every
             cross-attention layer.
+        used: how many columns stand between begin and end; a prompt may say the end token itself, so its id marks nothing.
     """
 
     ids: list[int]
     weights: list[float]
     vectors: dict[int, Tensor] = field(default_factory=dict)
+    used: int = 0
 
     @property
     def layerwise(self) -> bool:
@@ -57,7 +59,7 @@ class Chunk:
     def at(self, layer: int) -> Chunk:
         """The chunk as cross-attention layer number ``layer`` reads it."""
         found = {column: vectors[layer] if vectors.ndim == 3 else vectors for column, vectors in self.vectors.items()}
-        return Chunk(self.ids, self.weights, found)
+        return replace(self, vectors=found)
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def _framed(words: Words, run: Sequence[Unit]) -> Chunk:
             chunk.vectors[len(chunk.ids)] = unit.vectors
         chunk.ids += unit.ids
         chunk.weights += [unit.weight] * len(unit.ids)
+    chunk.used = len(chunk.ids) - 1
     chunk.ids += [end] + [pad] * (words.context - 1 - len(chunk.ids))
     chunk.weights += [1.0] * (words.context - len(chunk.weights))
     return chunk

@@ -41,6 +41,7 @@ def tokens(words: Words, base: Base, prompt: str, columns: tuple[int, ...]) -> s
         ("a red apple", " ", []),
         ("a cat BREAK a dog", "dog", [(16 + 2,)]),
         ("a " * 14 + "red apple", "apple", [(16 + 2,)]),
+        ("a <|endoftext|> cat", "cat", [(3,)]),
     ],
 )
 def test_columns_of_words(base: Base, words: Words, prompt: str, phrase: str, expected: list[tuple[int, ...]]) -> None:
