@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerateResult:
-    """Pictures and how they came about.
+    """Pictures and how they came about: all that were asked for, or those of one round (``on_round`` of :func:`generate`).
 
-    ``request`` has nothing left open; picture ``i`` used ``seeds[i]``. ``sidecars[i]`` and ``parameters[i]`` are what
-    :meth:`save` writes into it.
+    ``request`` has nothing left open; ``images[i]`` is its picture number ``first + i`` and used ``seeds[i]``. ``sidecars[i]``
+    and ``parameters[i]`` are what :meth:`save` writes into it.
     """
 
     images: list[Image]
@@ -60,14 +60,15 @@ class GenerateResult:
     notes: list[str]
     sidecars: list[dict[str, Any]] = field(repr=False)
     parameters: list[str] = field(repr=False)
+    first: int = 0
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write PNGs: to ``path``, or to ``stem-1.png``, ``stem-2.png``, ... when there are several."""
+        """Write PNGs: to ``path``, or to ``stem-1.png``, ``stem-2.png``, ... when several were asked for."""
         target = Path(path)
-        several = len(self.images) > 1
+        several = self.request.count > 1
         written = []
         for index, image in enumerate(self.images):
-            place = target.with_name(f"{target.stem}-{index + 1}{target.suffix}") if several else target
+            place = target.with_name(f"{target.stem}-{self.first + index + 1}{target.suffix}") if several else target
             save_png(place, image, self.sidecars[index], self.parameters[index])
             written.append(place)
         return written
@@ -87,6 +88,7 @@ def generate(
     *,
     progress: bool | None = None,
     on_step: OnStep | None = None,
+    on_round: Callable[[GenerateResult], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -103,6 +105,8 @@ def generate(
             ``loras=["name:0.8"]`` or ``seed=1``.
         progress: True or False shows or hides the progress bar; None shows it on a terminal.
         on_step: called after every timestep, with lazy previews. cancelled: asked before every timestep.
+        on_round: called with the pictures of each round as soon as they are there, so that they can be saved whatever
+            becomes of the rest; a round has as many pictures as are denoised together.
         device, dtype, memory: where the base runs, see :func:`studio.placement.place`.
         lora_dirs: folders where LoRAs are looked for first.
         lora_files: the files of LoRAs whose names are no longer theirs.
@@ -122,14 +126,32 @@ def generate(
         asked = asked.with_(size=like, strength=STRENGTH if asked.strength is None else asked.strength)
     sampling = asked.sampling(base.family, secrets.randbelow(MAX_SEED + 1))
     check_size(base, sampling.size)
-    full, said = worded(asked.with_(**asdict(sampling)), adapters)
+    full, added = worded(asked.with_(**asdict(sampling)), adapters)
     embeddings = load_embeddings(full.embeddings)
     spoken = with_words(embeddings, adapters)
-    notes += said + missing_embeddings(full, embeddings)
+    notes += added + missing_embeddings(full, embeddings)
     seeds = [(sampling.seed + index) % (MAX_SEED + 1) for index in range(full.count)]
     started = time.perf_counter()
     figures: list[Figure] | None = None if explain is None else []
     watch = Watch(progress, on_step, cancelled)
+    made = Made(base=base, request=full, sampling=sampling, adapters=adapters, embeddings=embeddings, seeds=seeds, notes=notes)
+    images: list[Image] = []
+    said: list[str] = []
+
+    def result(first: int) -> GenerateResult:
+        now = replace(made, seeds=seeds[first : len(images)], first=first, notes=[*notes, *dict.fromkeys(said)])
+        sidecars, texts = now.records()
+        return GenerateResult(
+            images=images[first:],
+            request=full,
+            seeds=now.seeds,
+            seconds=time.perf_counter() - started,
+            notes=now.notes,
+            sidecars=sidecars,
+            parameters=texts,
+            first=first,
+        )
+
     with LoraBank.on(base, adapters, fuse=_merging(prepared.method, watch)) as bank:
         notes += bank.notes
         work = _Work(
@@ -143,17 +165,15 @@ def generate(
             watch=watch,
             figures=figures,
         )
-        images = _sample(work, notes)
-    seconds = time.perf_counter() - started
-    made = Made(base=base, request=full, sampling=sampling, adapters=adapters, embeddings=embeddings, seeds=seeds, notes=notes)
-    sidecars, texts = made.records()
-    result = GenerateResult(
-        images=images, request=full, seeds=seeds, seconds=seconds, notes=notes, sidecars=sidecars, parameters=texts
-    )
+        for fresh in _rounds(work, said):
+            images += fresh
+            if on_round is not None:
+                on_round(result(len(images) - len(fresh)))
+    whole = result(0)
     if explain is not None:
         words = words_shown(words_of(base, work.reading)["text_encoder"], full, adapters)
-        report(Path(explain), result, [words, *(figures or [])])
-    return result
+        report(Path(explain), whole, [words, *(figures or [])])
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,16 +214,15 @@ def _start(base: Base, request: GenerateRequest, prepared: Prepared) -> Start | 
     return Start(latents=encode(base.vae, [fitted(prepared.start, request.size)]), strength=request.strength)
 
 
-def _sample(work: _Work, notes: list[str]) -> list[Image]:
-    """Denoise and decode in rounds of the family's batch; smaller ones when memory runs out. ``notes`` are added to."""
+def _rounds(work: _Work, said: list[str]) -> Iterator[list[Image]]:
+    """Denoise and decode in rounds of the family's batch; smaller ones when memory runs out. Notes are added to ``said``."""
     base, request, sampling, seeds, watch = work.base, work.request, work.sampling, work.seeds, work.watch
     halves = 2 if sampling.guidance > 1 else 1
     size = sampling.size
     method = partial(method_named, request.method, **request.options)
     room = base.family.batch
     check_memory(base, size, halves)
-    images: list[Image] = []
-    said: list[str] = []
+    done = 0
 
     def encoded(rows: int) -> tuple[Encoded, Encoded]:
         negative, positive = encode_pair(base, [request.prompt], [request.negative], work.reading)
@@ -212,12 +231,12 @@ def _sample(work: _Work, notes: list[str]) -> list[Image]:
     with Bar("denoising", sampling.steps * len(seeds), watch.progress) as bar:
 
         def stepped(event: Event) -> None:
-            bar.reach((len(images) + (event.step.index + 1) / event.step.count * len(now)) * sampling.steps)
+            bar.reach((done + (event.step.index + 1) / event.step.count * len(now)) * sampling.steps)
             if watch.on_step is not None:
                 watch.on_step(event)
 
-        while len(images) < len(seeds):
-            now = seeds[len(images) : len(images) + room]
+        while done < len(seeds):
+            now = seeds[done : done + room]
             try:
                 negative, positive = encoded(len(now))
                 latents = denoise(
@@ -238,10 +257,10 @@ def _sample(work: _Work, notes: list[str]) -> list[Image]:
                     cancelled=watch.cancelled,
                     notes=said,
                     regions=request.regions,
-                    figures=None if images else work.figures,
+                    figures=None if done else work.figures,
                     room=room,
                 )
-                images += decode_within(base, latents, said)
+                images = decode_within(base, latents, said)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -249,8 +268,9 @@ def _sample(work: _Work, notes: list[str]) -> list[Image]:
                     raise out_of_memory(base, size, halves) from error
                 room = max(len(now) // 2, 1)
                 what = f"the pictures were made {room} at a time" if len(now) > 1 else "forwards had one pass at a time"
-                said = [f"memory was short: {what}"]
-                if work.figures is not None and not images:
+                said[:] = [f"memory was short: {what}"]
+                if work.figures is not None and not done:
                     work.figures.clear()
-    notes += dict.fromkeys(said)
-    return images
+                continue
+            done += len(now)
+            yield images

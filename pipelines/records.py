@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """Everything a result was made with. ``request`` has nothing left open."""
+    """Everything pictures were made with. ``request`` has nothing left open; ``seeds`` are its own from number ``first`` on."""
 
     base: Base
     request: GenerateRequest
@@ -35,6 +35,7 @@ class Made:
     embeddings: list[Embedding]
     seeds: list[int]
     notes: list[str]
+    first: int = 0
 
     def records(self) -> tuple[list[dict[str, Any]], list[str]]:
         """For each picture its record and its A1111 text."""
@@ -47,7 +48,7 @@ class Made:
         record: dict[str, Any] = {
             "studio": studio.__version__,
             "request": self.request.with_(seed=self.seeds[index], count=1).model_dump(mode="json"),
-            "batch": {"index": index, "count": self.request.count, "seed": self.request.seed},
+            "batch": {"index": self.first + index, "count": self.request.count, "seed": self.request.seed},
             "base": {"name": base.name, "family": base.family.name, "sha256": base.sha256},
             "loras": [
                 {"name": a.name, "weight": a.weight, "sha256": a.lora.sha256, "autov3": digest}

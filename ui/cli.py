@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,6 +35,9 @@ from ui.options import (
     triggers,
 )
 from ui.rooms import DISTRIBUTION, shadowed
+
+if TYPE_CHECKING:
+    from pipelines import GenerateResult
 
 OUTPUTS = Path("outputs")
 """Where results go when no file is named, relative to the working directory."""
@@ -139,8 +143,14 @@ def generate(
         from pipelines import generate as draw
 
         _check_out(out)
-        result = draw(prompt, loras=tuple(lora or ()), base=base, count=count, **fields)
-        _deliver(voice, result, out or free_path(OUTPUTS, prompt, ".png"), explain)
+        saved = _Saved(out, prompt)
+        try:
+            result = draw(prompt, loras=tuple(lora or ()), base=base, count=count, on_round=saved, **fields)
+        except BaseException:  # also an interrupt
+            if saved.files:
+                voice.note(f"made before that: {', '.join(saved.files)}")
+            raise
+        _deliver(voice, result, saved.files, explain)
 
 
 @app.command()
@@ -183,13 +193,28 @@ def rerun(
         from pipelines import rerun as draw_again
 
         _check_out(out)
+        saved = _Saved(out, f"{file.stem.lstrip('0123456789-')} again")
         result = draw_again(file, **changes)
-        _deliver(voice, result, out or free_path(OUTPUTS, f"{file.stem.lstrip('0123456789-')} again", ".png"), explain)
+        saved(result)  # its notes are complete only now
+        _deliver(voice, result, saved.files, explain)
 
 
 app.command(epilog=EPILOG)(render.render)
 app.command(epilog=EPILOG)(bench.bench)
 app.command(epilog=EPILOG)(compare.compare)
+
+
+@dataclass
+class _Saved:
+    """Writes pictures as they are made: to ``out``, or to a free name after ``words``; ``files`` is what was written."""
+
+    out: Path | None
+    words: str
+    files: list[str] = field(default_factory=list)
+
+    def __call__(self, made: GenerateResult) -> None:
+        self.out = self.out or free_path(OUTPUTS, self.words, ".png")
+        self.files += map(str, made.save(self.out))
 
 
 def _check_out(out: Path | None) -> None:
@@ -204,9 +229,8 @@ def _check_out(out: Path | None) -> None:
     writable(OUTPUTS if out is None else out.parent)
 
 
-def _deliver(voice: console.Voice, result: Any, path: Path, explain: Path | None) -> None:
-    """Write the pictures and say what is to be said; ``explain`` is where a page on them is, if one was asked for."""
-    files = [str(file) for file in result.save(path)]
+def _deliver(voice: console.Voice, result: GenerateResult, files: list[str], explain: Path | None) -> None:
+    """Say what was written and what is to be said; ``explain`` is where a page on it is, if one was asked for."""
     for note in result.notes:
         voice.note(f"note: {note}")
     payload = {

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,7 @@ def take_turns(
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each of ``repeats`` turns, after one turn that does not count. ``say`` hears each turn."""
-    for run in contestants.values():
-        run()
+    """Seconds of each contestant in each of ``repeats`` turns; all have run before. ``say`` hears each turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats):
         for name, run in contestants.items():
@@ -81,6 +80,43 @@ def take_turns(
 def ratio(seconds: Mapping[str, Sequence[float]], a: str, b: str, factor: float = 1.0) -> Ratio:
     """``a / (factor b)``, turn by turn."""
     return Ratio.of([x / (factor * y) for x, y in zip(seconds[a], seconds[b], strict=True)])
+
+
+@dataclass(frozen=True)
+class Course:
+    """What CMLoRA computes: for each step how many whole and how many shallow passes, each kind in one batched forward.
+
+    Args:
+        count: LoRAs. share: of a whole pass's operations that a shallow one has.
+    """
+
+    forwards: tuple[tuple[int, int], ...]
+    count: int
+    share: float
+
+    @classmethod
+    def of(cls, method: Any, count: int, share: float) -> Course:
+        """That of a :class:`~compose.cmlora.CMLoRA` which has run."""
+        return cls(tuple((len(turn.whole), count - len(turn.whole)) for turn in method.course), count, share)
+
+    def seconds(self, alone: float, together: float) -> float:
+        """How long it should take where a run of one LoRA takes ``alone`` and one of Composite ``together`` seconds.
+
+        Passes side by side are cheaper than one after the other, so a forward of n of them is taken to lie on the line
+        between those two: ``T(n) = T(1) + (n - 1) / (K - 1) (T(K) - T(1))``.
+        """
+        one, all_of_them = alone / len(self.forwards), together / len(self.forwards)
+
+        def forward(passes: int) -> float:
+            return one + (passes - 1) / (self.count - 1) * (all_of_them - one) if passes else 0.0
+
+        return sum(forward(whole) + self.share * forward(shallow) for whole, shallow in self.forwards)
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        whole, shallow = (sum(passes) for passes in zip(*self.forwards, strict=True))
+        return f"{whole} whole and {shallow} shallow passes ({self.share:.3f} of a whole one each)"
 
 
 def shallow_share(stage: Stage) -> float:
@@ -139,7 +175,7 @@ def measure(shape: str, stage: Stage, repeats: int) -> list[Line]:
     peft = stage.peft()
     merged = stage.merged()
     composite, _ = stage.composed("composite")
-    cmlora, course = stage.composed("cmlora", high=stage.names)
+    cmlora, method = stage.composed("cmlora", high=stage.names)
     summed, _ = stage.composed("merge")
     alone, _ = stage.composed("merge", 1)
 
@@ -157,36 +193,46 @@ def measure(shape: str, stage: Stage, repeats: int) -> list[Line]:
         "sum": summed,
         "merged": merged,
     }
+    drawn = {}
+    for name, run in contestants.items():
+        told(f"{shape}: {name}, a turn that does not count")
+        drawn[name] = run()
     for a, b in (("composite", "set_scale"), ("composite", "set_active"), ("composite", "set_adapters"), ("sum", "merged")):
-        agree(contestants[a](), contestants[b](), (a, b))
-    share = shallow_share(stage)
-    cmlora()
-    steps, count = stage.steps, stage.count
-    whole, shallow = course.whole, course.shallow  # type: ignore[attr-defined]
-    predicted = (whole + share * shallow) / steps
-    seconds = take_turns(contestants, repeats, say=told)
-    return lines_of(shape, seconds, predicted, share, count)
+        agree(drawn[a], drawn[b], (a, b))
+    told(f"{shape}: counting operations")
+    course = Course.of(method, stage.count, shallow_share(stage))
+    return lines_of(shape, take_turns(contestants, repeats, say=told), course)
 
 
-def lines_of(shape: str, seconds: Mapping[str, Sequence[float]], predicted: float, share: float, count: int) -> list[Line]:
-    """Ratios against their bars. ``predicted``: CMLoRA's time in runs of one LoRA."""
+def lines_of(shape: str, seconds: Mapping[str, Sequence[float]], course: Course) -> list[Line]:
+    """Ratios against their bars. ``course``: what CMLoRA computes in a run."""
     batched = ratio(seconds, "set_scale", "composite")
-    course = ratio(seconds, "cmlora", "alone", predicted)
+    cached = Ratio.of(
+        [
+            took / course.seconds(alone, together)
+            for took, alone, together in zip(seconds["cmlora"], seconds["alone"], seconds["composite"], strict=True)
+        ]
+    )
     routed = ratio(seconds, "sum", "merged")
     bar = "<= 1.25" if shape == "sd15" else ""
     return [
-        Line(f"sequential passes, cached set_scale / composite, K = {count}", str(batched), ">= 1.3", batched.middle >= 1.3),
+        Line(
+            f"sequential passes, cached set_scale / composite, K = {course.count}",
+            str(batched),
+            ">= 1.3",
+            batched.middle >= 1.3,
+        ),
         Line("sequential passes, only the one adapter active / composite", str(ratio(seconds, "set_active", "composite"))),
         Line("sequential passes, set_adapters / composite", str(ratio(seconds, "set_adapters", "composite"))),
         Line(
-            f"cmlora / what its cut ({share:.3f} of a forward) and steps predict ({predicted:.2f} runs of one LoRA)",
-            str(course),
+            f"cmlora / what its {course.told} predict, at the speed of composite and of one LoRA alone",
+            str(cached),
             "within 25 %",
-            0.75 <= course.middle <= 1.25,
+            0.75 <= cached.middle <= 1.25,
         ),
         Line("cmlora / composite", str(ratio(seconds, "cmlora", "composite"))),
         Line(
-            f"routed sum of {count} / truly merged model",
+            f"routed sum of {course.count} / truly merged model",
             str(routed),
             "<= 1.25" if bar else "",
             not bar or routed.middle <= 1.25,

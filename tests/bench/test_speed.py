@@ -10,6 +10,7 @@ import torch
 from studio.base import load_base
 from studio.errors import UnknownNameError
 from tests.bench.speed import (
+    Course,
     Line,
     Ratio,
     composite_peak,
@@ -64,7 +65,7 @@ def test_turns_are_taken_in_turn() -> None:
     log: list[str] = []
     ticks = iter(range(100))
     seconds = take_turns({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, 3, lambda: float(next(ticks)))
-    assert log == ["a", "b"] * 4
+    assert log == ["a", "b"] * 3
     assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
 
 
@@ -77,11 +78,26 @@ def test_ratios_are_formed_within_a_turn() -> None:
 def test_bars() -> None:
     times = {"composite": 1.0, "set_scale": 1.2, "set_active": 1.1, "set_adapters": 2.0, "cmlora": 0.5, "alone": 0.5}
     seconds = {name: [value] for name, value in {**times, "sum": 1.5, "merged": 1.0}.items()}
-    missed = [line.what.split(",")[0] for line in lines_of("sd15", seconds, 1.0, 0.3, 4) if not line.holds]
+    course = Course(((4, 0), (0, 4)), 4, 0.1)  # 0.55 s, since composite's steps take 0.5
+    missed = [line.what.split(",")[0] for line in lines_of("sd15", seconds, course) if not line.holds]
     assert missed == ["sequential passes", "routed sum of 4 / truly merged model"]
-    assert [line.what for line in lines_of("embedded", seconds, 0.5, 0.3, 4) if not line.holds][1].startswith("cmlora")
+    slower = {**seconds, "cmlora": [0.7]}
+    assert [line.what for line in lines_of("embedded", slower, course) if not line.holds][1].startswith("cmlora")
     assert verdict(Line("x", "1", "<= 2", holds=False)) == "**missed**"
     assert verdict(Line("x", "1")) == ""
+
+
+def test_what_a_course_should_take(stage: Stage) -> None:
+    course = Course(((3, 0), (1, 2), (0, 3)), 3, 0.5)
+    # Steps of one LoRA take 1 s and those of three 2 s, so two side by side take 1.5.
+    assert course.seconds(3.0, 6.0) == pytest.approx(2 + (1 + 0.5 * 1.5) + 0.5 * 2)
+    assert course.told == "4 whole and 5 shallow passes (0.500 of a whole one each)"
+    run, method = stage.composed("cmlora", high=stage.names)
+    run()
+    found = Course.of(method, stage.count, 0.5)
+    assert found.forwards[0] == (3, 0)
+    assert sum(whole for whole, _ in found.forwards) == method.whole  # type: ignore[attr-defined]
+    assert sum(shallow for _, shallow in found.forwards) == method.shallow  # type: ignore[attr-defined]
 
 
 def test_peak_memory_sees_what_lives_at_once() -> None:

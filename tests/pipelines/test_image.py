@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 import pipelines.image
 import pipelines.memory
-from pipelines import generate, rerun
+from pipelines import GenerateResult, generate, rerun
 from pipelines.progress import Bar
 from studio.base import Base
 from studio.errors import CancelledError, NumericsError, OutOfMemoryError, RequestError, UnknownNameError, WrongBaseError
 from studio.hashes import auto_v3
 from studio.lora.model import Lora, LoraDelta
+from studio.media import read_carried
 
 MakeLora = Callable[..., Lora]
 
@@ -236,6 +237,39 @@ def test_memory_that_runs_out_is_tried_in_smaller_rounds(quick: dict[str, Any], 
     limit = 0
     with pytest.raises(OutOfMemoryError, match=r"32x32 does not fit the memory of cpu .*16x16 would fit"):
         generate("a cat", **quick)
+
+
+def test_each_round_can_be_saved_before_the_next(
+    quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, begun = pipelines.image.denoise, 0
+
+    def short_of_memory(*args: Any, **settings: Any) -> torch.Tensor:
+        nonlocal begun
+        begun += 1
+        if len(settings["seeds"]) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        if begun == stop:
+            raise CancelledError("cancelled")
+        return real(*args, **settings)
+
+    monkeypatch.setattr(pipelines.image, "denoise", short_of_memory)
+    stop = 0
+    parts: list[GenerateResult] = []
+    whole = generate("a cat", **quick, count=5, on_round=parts.append)
+    assert [(part.first, len(part.images)) for part in parts] == [(0, 2), (2, 2), (4, 1)]
+    for path in whole.save(tmp_path / "whole" / "x.png"):
+        assert path.stat().st_size
+    for part in parts:
+        part.save(tmp_path / "parts" / "x.png")
+    for name in (f"x-{number}.png" for number in range(1, 6)):
+        one, other = (read_carried(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert (one.record, one.parameters) == (other.record, other.parameters)
+        assert np.array_equal(*(pixels(Image.open(tmp_path / folder / name)) for folder in ("whole", "parts")))
+    begun, stop = 0, 3
+    with pytest.raises(CancelledError):
+        generate("a cat", **quick, count=5, on_round=lambda part: part.save(tmp_path / "kept" / "x.png"))
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["x-1.png", "x-2.png"]
 
 
 @pytest.mark.parametrize(("method", "tries"), [("merge", 1), ("composite", 2)])

@@ -62,7 +62,9 @@ def calls(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def generate(prompt: str, **fields: Any) -> FakeResult:
         print("a library says hello")
         machine.update({key: fields.pop(key) for key in ("device", "dtype", "memory", "lora_dirs", "explain") if key in fields})
+        saves = fields.pop("on_round")
         seen.append(as_request(prompt, **fields))
+        saves(FakeResult(seen[-1]))
         return FakeResult(seen[-1])
 
     def rerun(file: Path, **options: Any) -> FakeResult:
@@ -213,6 +215,19 @@ def test_errors_are_one_line_and_an_exit_code(
     assert printed.err.count("\n") == 1
     assert json.loads(printed.out)["error"]["exit_code"] == code
     assert code in console.EXIT_CODES
+
+
+def test_what_was_made_before_a_stop_is_named(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(prompt: str, on_round: Any, **_: Any) -> None:
+        on_round(FakeResult(as_request(prompt)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["pipelines"], "generate", stopped)
+    assert studio("generate", "a cat", "--count", "40", "--out", "x.png") == 130
+    assert capsys.readouterr().err.splitlines() == ["made before that: x.png", "error: cancelled"]
+    assert Path("x.png").read_bytes() == b"png"
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
