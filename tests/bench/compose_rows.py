@@ -90,6 +90,7 @@ _CMLORA = Row(
         {"amplify": 2, "dominance": 1, "max_age": 2},
     ),
 )
+_CMLORA_PAPER = Row("cmlora-paper", "cmlora")
 _CLORA = Row(
     "clora",
     "clora",
@@ -124,7 +125,7 @@ ROWS: dict[str, Row] = {
         Row("composite", "composite", candidates=AMPLIFIED),
         Row("composite-short", "composite", candidates=AMPLIFIED, like="cmlora"),
         Row("composite-paper", "composite"),
-        Row("cmlora-paper", "cmlora"),
+        _CMLORA_PAPER,
         _CMLORA,
         Row(
             "attend",
@@ -168,6 +169,10 @@ ROWS: dict[str, Row] = {
         Row("lora-composer-paper", "lora-composer", {"step": 20, "injection": "cross_kv_out"}, boxes=True, kinds=FEW),
         _COMPOSER,
         *(Row(f"lone-{role}", kinds=("others",), lone=role) for role in ROLES),
+        # With the paper's own dominance: at 1, which may be chosen above, the order only decides who is renewed.
+        _part("cmlora-paper-reversed", _CMLORA_PAPER, order="reversed"),
+        _part("cmlora-paper-random", _CMLORA_PAPER, order="random"),
+        _part("cmlora-paper-rotation", _CMLORA_PAPER, order="rotation"),
         _part("cmlora-reversed", _CMLORA, order="reversed"),
         _part("cmlora-random", _CMLORA, order="random"),
         _part("cmlora-rotation", _CMLORA, order="rotation"),
@@ -195,6 +200,10 @@ PAIRS = (
     ("cmlora", "composite-paper"),
     ("cmlora", "switch"),
     ("cmlora", "composite-short"),
+    ("cmlora-paper", "composite"),
+    ("cmlora-paper", "composite-paper"),
+    ("cmlora-paper", "switch"),
+    ("cmlora-paper", "composite-short"),
     ("clora", "attend"),
     ("clora", "masked-found"),
     ("lora-composer", "masked"),
