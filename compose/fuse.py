@@ -6,6 +6,7 @@
     dare    Yu et al., 2024: drop entries at random, scale the rest by 1 / density, sum
     dare_ties   drop and scale as DARE, elect and mean as TIES
     lego    Zhao et al., 2025: see :mod:`compose.lego`
+    gradient, zip   fitted to what flows into the layer: see :mod:`compose.refit`
 
 What is different from PEFT: its ``linear`` adds the A's and the B's, with cross terms ``B_i A_j``; its ``ties`` trims and
 elects in the factors, whose entries mean nothing alone. Both are left out on purpose.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compose.bank import OnLayer
+from compose.refit import REFITS
 from studio.lora.dense import dense
 from studio.lora.model import Delta, LohaDelta, LokrDelta, Lora, LoraDelta
 from studio.lora.resize import shorten
@@ -37,7 +39,7 @@ class Recipe:
     """How LoRAs become one.
 
     Args:
-        how: a key of :data:`HOWS`.
+        how: a key of :data:`HOWS` or :data:`~compose.refit.REFITS`.
         rank: of the result per layer; None: all ranks together, and the largest for ``svd`` and ``lego``.
         density: share of entries kept, in (0, 1]; None: :data:`DENSITY`.
         seed: of what is random; each layer draws its own numbers.
@@ -50,7 +52,11 @@ class Recipe:
 
 
 def fused(
-    loras: Sequence[tuple[float, Lora]], weights: Mapping[str, Tensor], recipe: Recipe, on_layer: OnLayer | None = None
+    loras: Sequence[tuple[float, Lora]],
+    weights: Mapping[str, Tensor],
+    recipe: Recipe,
+    on_layer: OnLayer | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> Lora:
     """One LoRA that stands for several.
 
@@ -58,16 +64,30 @@ def fused(
         loras: with their weights.
         weights: of the layers they touch, by name; a DoRA's change depends on it.
         on_layer: called after each layer: a dense ``dW`` takes up to half a second, and a large base has hundreds.
+        moments: ``[K, d, d]`` by layer, for :data:`~compose.refit.REFITS`; layers without get the exact sum.
     """
     layers: dict[str, Delta] = {}
     names = list(dict.fromkeys(name for _, lora in loras for name in lora.layers))
     for done, name in enumerate(names, 1):
-        parts = [(strength, lora.layers[name]) for strength, lora in loras if name in lora.layers]
+        own = [index for index, (_, lora) in enumerate(loras) if name in lora.layers]
+        parts: list[Part] = [(loras[index][0], loras[index][1].layers[name]) for index in own]
+        weight = weights[name].detach().float().cpu()
+        how = recipe.how
+        if how in REFITS:
+            if moments is not None and name in moments:
+                parts = refitted(parts, weight, how, moments[name][own], moments[name].sum(0))
+            how = "svd" if recipe.rank else "cat"
         generator = torch.Generator().manual_seed(recipe.seed ^ _fold(name))
-        layers[name] = HOWS[recipe.how](parts, weights[name].detach().float().cpu(), recipe, generator)
+        layers[name] = HOWS[how](parts, weight, recipe, generator)
         if on_layer is not None:
             on_layer(done, len(names))
     return Lora(layers)
+
+
+def refitted(parts: Sequence[Part], weight: Tensor, how: str, own: Tensor, every: Tensor) -> list[Part]:
+    """The parts fitted to the second moments of their inputs; see :func:`compose.refit.gradient`."""
+    thin = [(strength, as_thin(delta, weight)) for strength, delta in parts]
+    return [(strength, delta) for (strength, _), delta in zip(thin, REFITS[how](thin, own, every), strict=True)]
 
 
 def layer_weights(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, Tensor]:
@@ -109,18 +129,23 @@ def as_low_rank(change: Tensor, rank: int) -> LoraDelta:
     return shorten(LokrDelta(torch.ones(1, 1), change.contiguous(), 1.0), rank=rank)[0]
 
 
+def as_thin(delta: Delta, weight: Tensor) -> LoraDelta:
+    """Two thin factors; what has none goes in at its full rank."""
+    if isinstance(delta, LoraDelta) and delta.magnitude is None:
+        return delta
+    return as_low_rank(dense(delta, weight).reshape(weight.shape), rank_of(delta, weight))
+
+
 def total_rank(parts: Sequence[Part], weight: Tensor, recipe: Recipe) -> int:
     """The rank of a result: as asked for, or what all parts have together."""
     return recipe.rank or sum(rank_of(delta, weight) for _, delta in parts)
 
 
 def cat(parts: Sequence[Part], weight: Tensor, recipe: Recipe, generator: torch.Generator) -> Delta:
-    """The exact sum: factors side by side, no cross terms. What has no thin factors goes in at its full rank."""
+    """The exact sum: factors side by side, no cross terms."""
     downs, ups = [], []
     for strength, delta in parts:
-        thin = delta if isinstance(delta, LoraDelta) and delta.magnitude is None else None
-        if thin is None:
-            thin = as_low_rank(dense(delta, weight).reshape(weight.shape), rank_of(delta, weight))
+        thin = as_thin(delta, weight)
         downs.append(thin.down.float().cpu().reshape(thin.rank, *weight.shape[1:]))
         ups.append(thin.up.float().cpu().flatten(1) * (thin.scale * strength))
     up = torch.cat(ups, 1)
@@ -176,12 +201,7 @@ def dare_ties(parts: Sequence[Part], weight: Tensor, recipe: Recipe, generator: 
 def lego(parts: Sequence[Part], weight: Tensor, recipe: Recipe, generator: torch.Generator) -> Delta:
     from compose.lego import rebuilt
 
-    thin = [
-        (strength, delta)
-        if isinstance(delta, LoraDelta) and delta.magnitude is None
-        else (strength, as_low_rank(dense(delta, weight).reshape(weight.shape), rank_of(delta, weight)))
-        for strength, delta in parts
-    ]
+    thin = [(strength, as_thin(delta, weight)) for strength, delta in parts]
     return rebuilt(thin, recipe.rank or max(delta.rank for _, delta in thin), weight.shape, generator)
 
 

@@ -10,25 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from compose.bank import Adapter, Layer, OnLayer, refuse_ambiguous, row_names
 from compose.figures import Figure, Schedule
 from compose.fuse import DENSITY, Recipe, fused, layer_weights
+from compose.inputs import moments
 from compose.options import Count, Share, from_json
+from compose.refit import REFITS
 from compose.regions import speaking
 from compose.routes import Site, constant
 from compose.run import Method, Options, Run, Step
 from studio.errors import RequestError
 from studio.requests import Finite
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from studio.base import Base
+
 T = TypeVar("T")
 EVERY = "*"
 RANDOM = ("dare", "dare_ties", "lego")
 SHORT = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-How = Literal["sum", "cat", "svd", "ties", "dare", "dare_ties", "lego"]
+How = Literal["sum", "cat", "svd", "ties", "dare", "dare_ties", "lego", "gradient", "zip"]
 
 
 class MergeOptions(Options):
@@ -36,7 +43,8 @@ class MergeOptions(Options):
 
     Args:
         how: "sum" keeps the LoRAs apart and adds what they do; the others make one LoRA of them first: "cat" the same sum,
-            "svd" at a lower rank, "ties", "dare" and "dare_ties" thinned out, "lego" by clusters.
+            "svd" at a lower rank, "ties", "dare" and "dare_ties" thinned out, "lego" by clusters, "gradient" and "zip" fitted
+            to what flows into each layer while every LoRA draws its own trigger alone, which is done first.
         weight: multiplies all weights; "1/K" divides them by the number of LoRAs.
         blocks: how much LoRAs weigh in parts of the model, by LoRA name or "*" for all: {"*": {"up": 0.5, "down_blocks.1": 0}}.
             Parts are down, mid, up, text_encoder or the beginning of a layer's name; the longest that fits counts.
@@ -67,6 +75,11 @@ class MergeOptions(Options):
         if self.seed and self.how not in RANDOM:
             raise ValueError(f"'seed' does nothing with how='{self.how}', which draws nothing: take {', '.join(RANDOM)}")
         return self
+
+
+def live(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Those with a weight."""
+    return [adapter for adapter in adapters if adapter.weight != 0]
 
 
 def told(option: Mapping[str, T], adapter: Adapter) -> list[T]:
@@ -103,6 +116,7 @@ class Merge(Method):
 
     takes: ClassVar[type[Options]] = MergeOptions
     options: MergeOptions
+    moments: Mapping[str, Tensor] | None = None
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         have = {EVERY} | ({name for a in adapters for name in a.names} if self.options.how == "sum" else set())
@@ -115,19 +129,30 @@ class Merge(Method):
         if any(not points for points in self.options.schedule.values()):
             raise RequestError("'schedule' holds an empty list: give pairs of (share of the schedule, weight)")
 
+    def survey(
+        self, base: Base, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_step: OnLayer | None = None
+    ) -> None:
+        if self.options.how in REFITS:
+            self.moments = moments(base, live(adapters), layers, on_step=on_step)
+
     def fuse(
         self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None
     ) -> Sequence[Adapter]:
-        live = [adapter for adapter in adapters if adapter.weight != 0]
-        factor = 1 / max(len(live), 1) if self.options.weight == "1/K" else self.options.weight
+        some = live(adapters)
+        factor = 1 / max(len(some), 1) if self.options.weight == "1/K" else self.options.weight
         if self.options.how == "sum":
             return [Adapter(a.name, a.lora, a.weight * factor) for a in adapters]
-        if not live:
+        if not some:
             return []
         options = self.options
+        if options.how in REFITS and self.moments is None:
+            raise RequestError(
+                f"how='{options.how}' looks at the base first: call the method's survey before LoRAs are attached"
+            )
         recipe = Recipe(how=options.how, rank=options.rank, density=options.density, seed=options.seed)
-        one = fused([(a.weight, a.lora) for a in live], layer_weights(layers), recipe, on_layer)
-        return [Adapter(" + ".join(a.name for a in live), one, factor)]
+        one = fused([(a.weight, a.lora) for a in some], layer_weights(layers), recipe, on_layer, self.moments)
+        self.moments = None  # a gigabyte or more
+        return [Adapter(" + ".join(a.name for a in some), one, factor)]
 
     def prepare(self, run: Run) -> None:
         bank = run.bank

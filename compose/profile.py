@@ -13,7 +13,7 @@ at a fixed ring, which a 64 x 64 latent does not reach; here the ring follows fr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from studio.hashes import cache_folder
 
 if TYPE_CHECKING:
     from compose.bank import Adapter, LoraBank
+    from compose.denoise import OnStep
     from studio.base import Base
 
 VERSION = 2
@@ -151,20 +152,22 @@ def measure(
     )
 
 
-def _curve(
+def solos(
     base: Base,
     bank: LoraBank,
     route: Tensor,
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int,
-    cancelled: Callable[[], bool] | None,
-) -> Tensor:
-    """Mean ``H`` after every step."""
+    *,
+    on_step: OnStep | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Iterator[Solo]:
+    """Runs of all prompts with all seeds under one route, as many side by side as the family's batch; prompts are encoded
+    under that route too, with the words that LoRAs of the bank carry."""
     from compose.denoise import denoise
 
     rows = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
-    totals: list[Tensor] = []
     with bank.acting(route):
         reading = Reading(embeddings=tuple(word for one in bank.adapters if one.weight != 0 for word in one.words))
         negative, positive = encode_pair(base, prompts, [""] * len(prompts), reading)
@@ -182,10 +185,27 @@ def _curve(
                 scheduler=base.family.scheduler,
                 method=solo,
                 bank=bank,
+                on_step=on_step,
                 cancelled=cancelled,
             )
-            totals.append(torch.tensor([sum(high_frequency(x) for x in state) for state in solo.seen]))
-    return torch.stack(totals).sum(0) / len(rows)
+            yield solo
+
+
+def _curve(
+    base: Base,
+    bank: LoraBank,
+    route: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    cancelled: Callable[[], bool] | None,
+) -> Tensor:
+    """Mean ``H`` after every step."""
+    totals = [
+        torch.tensor([sum(high_frequency(x) for x in state) for state in solo.seen])
+        for solo in solos(base, bank, route, prompts, seeds, steps, cancelled=cancelled)
+    ]
+    return torch.stack(totals).sum(0) / (len(prompts) * len(seeds))
 
 
 def places(adapter: Adapter, base: Base) -> list[Path]:

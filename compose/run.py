@@ -255,6 +255,11 @@ class Method:
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise a RequestError when these LoRAs cannot be composed this way; called before anything is loaded or attached."""
 
+    def survey(
+        self, base: Base, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_step: OnLayer | None = None
+    ) -> None:
+        """Called before :meth:`fuse`, with the base as it is: what merging needs to know of it is measured here."""
+
     def fuse(
         self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None
     ) -> Sequence[Adapter]:

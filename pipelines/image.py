@@ -152,7 +152,7 @@ def generate(
             first=first,
         )
 
-    with LoraBank.on(base, adapters, fuse=_merging(prepared.method, watch)) as bank:
+    with LoraBank.on(base, adapters, fuse=_merging(base, prepared.method, watch)) as bank:
         notes += bank.notes
         work = _Work(
             base=base,
@@ -191,21 +191,23 @@ class _Work:
     figures: list[Figure] | None
 
 
-def _merging(method: Method, watch: Watch) -> Fuse:
-    """The method's own merging of weights, with a bar, and stopped when the user cancels."""
+def _merging(base: Base, method: Method, watch: Watch) -> Fuse:
+    """The method's own merging of weights, with bars, and stopped when the user cancels."""
 
     def fuse(adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
+        with Bar("looking at layers", 1, watch.progress) as bar:
+            method.survey(base, adapters, layers, partial(_advanced, bar, watch))
         with Bar("merging weights", 1, watch.progress) as bar:
-
-            def merged(done: int, total: int) -> None:
-                if watch.cancelled is not None and watch.cancelled():
-                    raise CancelledError("cancelled")
-                bar.total = total
-                bar.reach(done)
-
-            return method.fuse(adapters, layers, merged)
+            return method.fuse(adapters, layers, partial(_advanced, bar, watch))
 
     return fuse
+
+
+def _advanced(bar: Bar, watch: Watch, done: int, total: int) -> None:
+    if watch.cancelled is not None and watch.cancelled():
+        raise CancelledError("cancelled")
+    bar.total = total
+    bar.reach(done)
 
 
 def _start(base: Base, request: GenerateRequest, prepared: Prepared) -> Start | None:

@@ -121,6 +121,8 @@ ROWS: dict[str, Row] = {
         Row("floor", source="base", kinds=("subjects", "others", "single")),
         Row("single", kinds=("single",)),
         Row("merge", candidates=MERGE_WEIGHTS),
+        Row("gradient", options={"how": "gradient"}),
+        Row("zip", options={"how": "zip"}),
         Row("switch", "switch", candidates=WEIGHTS),
         Row("composite", "composite", candidates=AMPLIFIED),
         Row("composite-short", "composite", candidates=AMPLIFIED, like="cmlora"),

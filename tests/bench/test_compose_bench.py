@@ -126,7 +126,7 @@ def test_every_row_and_candidate_is_a_request_its_method_takes() -> None:
             asked = request_of(row.at(options), case, "embedded", 1)
             method_named(asked.method, **asked.options)
     whole = {row.part_of for row in ROWS.values()} - {""}
-    assert whole == {"cmlora", "clora", "lora-composer"}
+    assert whole == {"cmlora", "cmlora-paper", "clora", "lora-composer"}
     assert {row.name for row in rows_named(["parts", "merge"])} > {"merge", "clora-unguided"}
     assert "clora-unguided" not in {row.name for row in rows_named([])}
 

@@ -356,3 +356,23 @@ def test_merging_weights_can_be_cancelled(quick: dict[str, Any], tmp_path: Path,
         generate("a cat", **quick, loras=loras, options={"how": "ties"}, cancelled=cancelled)
     assert len(asked) == 2
     assert generate("a cat", **quick, loras=loras, options={"how": "ties"}).images
+
+
+@pytest.mark.parametrize("how", ["gradient", "zip"])
+def test_merges_that_look_first(quick: dict[str, Any], tmp_path: Path, make_lora: MakeLora, how: str) -> None:
+    loras = [write(tmp_path / f"{seed}.safetensors", make_lora(seed)) for seed in range(2)]
+    both = generate("a cat", **quick, loras=loras)
+    fitted = generate("a cat", **quick, loras=loras, options={"how": how})
+    assert abs(pixels(fitted.images[0]) - pixels(both.images[0])).max() > 2
+    assert rerun(fitted.save(tmp_path / "x.png")[0]).notes == []
+    alone = generate("a cat", **quick, loras=loras[:1], options={"how": how})
+    assert abs(pixels(alone.images[0]) - pixels(generate("a cat", **quick, loras=loras[:1]).images[0])).max() <= 1
+    calls = 0
+
+    def cancelled() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == 2
+
+    with pytest.raises(CancelledError):
+        generate("a cat", **quick, loras=loras, options={"how": how}, cancelled=cancelled)

@@ -1,0 +1,155 @@
+"""Merges that look at the inputs of layers, against what they minimise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compose.bank import Adapter, LoraBank
+from compose.fuse import Recipe, fused
+from compose.inputs import moments, reads_tokens
+from compose.merge import Merge
+from compose.profile import prompts_for, solos
+from compose.refit import Thin, gradient, merged_columns, mergers, overlap, zipped
+from compose.routes import constant
+from studio.base import Base
+from studio.errors import RequestError
+from studio.lora.dense import dense
+from studio.lora.model import LohaDelta, Lora, LoraDelta
+
+WIDE, OUT = 12, 10
+
+
+def some(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def part(seed: int, weight: float = 1.0, rank: int = 3) -> Thin:
+    return weight, LoraDelta(some(rank, WIDE, seed=seed), some(OUT, rank, seed=seed + 50), alpha=2.0)
+
+
+def change(parts: list[Thin], deltas: list[LoraDelta] | None = None) -> Tensor:
+    """``sum_k w_k dW_k``, of the parts or of what was made of them."""
+    found = [delta for _, delta in parts] if deltas is None else deltas
+    return sum((w * d.scale * d.up @ d.down for (w, _), d in zip(parts, found, strict=True)), torch.zeros(OUT, WIDE))
+
+
+def seconds(inputs: list[Tensor]) -> Tensor:
+    return torch.stack([x @ x.T for x in inputs])
+
+
+def test_with_few_tokens_gradient_fusion_keeps_what_every_lora_does() -> None:
+    parts = [part(1), part(2, -0.5), part(3, 0.8)]
+    inputs = [some(WIDE, 4, seed=seed) for seed in (7, 8, 9)]
+    every = seconds(inputs)
+    whole = change(parts, gradient(parts, every, every.sum(0)))
+    for (weight, delta), x in zip(parts, inputs, strict=True):
+        wanted = weight * delta.scale * delta.up @ delta.down @ x
+        torch.testing.assert_close(whole @ x, wanted, atol=2e-3, rtol=2e-3)
+        assert (change(parts) @ x - wanted).norm() > 0.5 * wanted.norm()
+
+
+def test_one_lora_alone_stays_what_it_is() -> None:
+    one = [part(1, 0.7)]
+    every = seconds([some(WIDE, 5)])
+    for refit in (gradient, zipped):
+        torch.testing.assert_close(change(one, refit(one, every, every.sum(0))), change(one), atol=1e-5, rtol=1e-5)
+
+
+def test_with_many_tokens_no_other_change_fits_the_inputs_better() -> None:
+    parts = [part(1), part(2, 0.6)]
+    every = seconds([some(WIDE, 40, seed=7), some(WIDE, 60, seed=8)])
+    fitted = change(parts, gradient(parts, every, every.sum(0)))
+
+    def error(whole: Tensor) -> float:
+        apart = [weight * d.scale * d.up @ d.down - whole for (weight, d) in parts]
+        return float(sum((a @ g * a).sum() for a, g in zip(apart, every, strict=True)))
+
+    best = error(fitted)
+    assert best < error(change(parts))
+    assert all(best < error(fitted + 0.01 * some(OUT, WIDE, seed=seed)) for seed in range(20))
+
+
+def test_inputs_of_a_lora_that_leaves_the_layer_alone_stay_as_they_are() -> None:
+    parts = [part(1)]
+    mine, others = some(WIDE, 4, seed=7), some(WIDE, 4, seed=8)
+    own = seconds([mine])
+    whole = change(parts, gradient(parts, own, seconds([mine, others]).sum(0)))
+    torch.testing.assert_close(whole @ mine, change(parts) @ mine, atol=2e-3, rtol=2e-3)
+    assert (whole @ others).norm() < 0.01 * (change(parts) @ others).norm()
+
+
+def test_mergers_of_one_and_none_are_one_lora() -> None:
+    parts = [part(1, 0.9), part(2)]
+    chosen = merged_columns(parts, torch.stack([torch.ones(WIDE), torch.zeros(WIDE)]))
+    torch.testing.assert_close(change(parts, chosen), change(parts[:1]))
+
+
+def test_mergers_part_columns_that_only_one_lora_hears() -> None:
+    parts = [part(1), part(2)]
+    low, high = torch.zeros(WIDE, 1), torch.zeros(WIDE, 1)
+    low[: WIDE // 2], high[WIDE // 2 :] = 1.0, 1.0
+    every = seconds([low * some(WIDE, 30, seed=7), high * some(WIDE, 30, seed=8)])
+    found = mergers(parts, every)
+    wanted = torch.cat([low, high], 1).T
+    torch.testing.assert_close(found, wanted, atol=0.1, rtol=0)
+    assert overlap(found) < 0.1 * overlap(torch.ones(2, WIDE))
+
+
+def test_the_overlap_is_counted_once_for_every_pair() -> None:
+    assert float(overlap(torch.ones(3, WIDE))) == pytest.approx(3.0)
+    assert float(overlap(torch.tensor([[1.0, -2.0], [3.0, 0.5]]))) == pytest.approx((3 + 1) / 2)
+
+
+@pytest.mark.parametrize("how", ["gradient", "zip"])
+def test_layers_nobody_listened_to_get_the_sum(how: str) -> None:
+    loha = LohaDelta(some(OUT, 2), some(2, WIDE), some(OUT, 2, seed=1), some(2, WIDE, seed=1), alpha=1.0)
+    loras = [(0.8, Lora({"unet.a": part(1)[1], "unet.b": part(2)[1]})), (0.5, Lora({"unet.a": loha}))]
+    weights = {"unet.a": some(OUT, WIDE), "unet.b": some(OUT, WIDE)}
+    every = seconds([some(WIDE, 4, seed=7), some(WIDE, 4, seed=8)])
+    summed = fused(loras, weights, Recipe(how="cat"))
+    one = fused(loras, weights, Recipe(how=how), moments={"unet.a": every})
+    told = {name: dense(one.layers[name], weights[name]) for name in weights}
+    torch.testing.assert_close(told["unet.b"], dense(summed.layers["unet.b"], weights["unet.b"]))
+    assert (told["unet.a"] - dense(summed.layers["unet.a"], weights["unet.a"])).norm() > 0.1
+    short = fused(loras, weights, Recipe(how=how, rank=2), moments={"unet.a": every}).layers["unet.a"]
+    assert isinstance(short, LoraDelta)
+    assert short.rank == 2
+
+
+def test_moments_are_those_of_what_flows_in_while_each_draws_alone(base: Base, make_lora: Callable[..., Lora]) -> None:
+    adapters = [
+        Adapter("one", make_lora(1, "attn2 ff.net proj_in conv1", rank=2, size=0.1), 0.8),
+        Adapter("two", make_lora(2, "attn2")),
+    ]
+    layers = {f"unet.{path}": m for path, m in base.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    heard: list[tuple[int, int]] = []
+    found = moments(base, adapters, layers, steps=2, on_step=lambda done, total: heard.append((done, total)))
+    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert not any("conv1" in name for name in found)
+    name = next(name for name in found if name.endswith("ff.net.2"))
+    seen: list[Tensor] = []
+    with LoraBank.on(base, adapters[:1]) as bank:
+        hook = layers[name].register_forward_pre_hook(lambda layer, args: seen.append(args[0].flatten(0, 1)))
+        list(solos(base, bank, constant([1.0]), prompts_for(adapters[0]), (0,), 2))
+        hook.remove()
+    x = torch.cat(seen)
+    assert found[name].shape == (2, x.shape[1], x.shape[1])
+    torch.testing.assert_close(found[name][0], x.T @ x, atol=1e-3, rtol=1e-3)
+    assert not any(m._forward_pre_hooks for m in layers.values())
+
+
+def test_which_layers_read_tokens() -> None:
+    assert reads_tokens(nn.Linear(2, 3))
+    assert reads_tokens(nn.Conv2d(2, 3, 1))
+    assert not reads_tokens(nn.Conv2d(2, 3, 3))
+
+
+def test_merging_without_having_looked_is_refused(base: Base, make_lora: Callable[..., Lora]) -> None:
+    method = Merge.of(how="gradient")
+    pair = [Adapter("one", make_lora(1)), Adapter("two", make_lora(2))]
+    with pytest.raises(RequestError, match="looks at the base first"), LoraBank.on(base, pair, fuse=method.fuse):
+        pass
