@@ -127,6 +127,7 @@ ROWS: dict[str, Row] = {
         Row("composite", "composite", candidates=AMPLIFIED),
         Row("composite-short", "composite", candidates=AMPLIFIED, like="cmlora"),
         Row("composite-paper", "composite"),
+        Row("composite-paper-short", "composite", like="cmlora-paper"),
         _CMLORA_PAPER,
         _CMLORA,
         Row(
@@ -205,7 +206,7 @@ PAIRS = (
     ("cmlora-paper", "composite"),
     ("cmlora-paper", "composite-paper"),
     ("cmlora-paper", "switch"),
-    ("cmlora-paper", "composite-short"),
+    ("cmlora-paper", "composite-paper-short"),
     ("clora", "attend"),
     ("clora", "masked-found"),
     ("lora-composer", "masked"),
