@@ -44,7 +44,8 @@ better. A thing is in its place when it stands on the side that the words name, 
 *truth*: the art's own picture through the VAE; what it lacks is the judge's share. *known*: the base without LoRAs, asked for
 things it was trained on. *floor*: the base without LoRAs, same prompts. *ceiling*: the product of the single-LoRA rates in
 those slots. A forward is one guided pass of the stock UNet for one picture, counted in floating-point operations.
-*composite-short*: composite with as few steps as cost what cmlora costs.
+Rows called *-paper* have every option as published. *composite-short*, *composite-paper-short*: composite with as few steps as
+cost what cmlora or cmlora-paper costs.
 """
 
 FIRST, WORST = "the first combinations, unselected, first seed", "the worst failures of the methods"
