@@ -172,6 +172,10 @@ class KeyFrames:
     beside: tuple[int, ...] = (-1,)
     where: Where = EVERY_SELF
 
+    def __post_init__(self) -> None:
+        if self.where.role is not Role.SELF:
+            raise ValueError(f"key frames act in self-attention within a frame, not in layers of the role '{self.where.role}'")
+
     def table(self, frames: int) -> Tensor:
         """``[f, m]``: the key frames of every frame."""
         rows = [
@@ -193,6 +197,8 @@ class AttentionPlan:
     def __post_init__(self) -> None:
         if self.isolation is not None and self.key_frames is not None:
             raise ValueError("isolation and key frames cannot act in one plan")
+        if self.key_frames is not None and any(tap.where.role is Role.SELF for tap in self.taps):
+            raise ValueError("a tap of self-attention cannot read what looks at key frames: their tokens have no places")
         if self.regional is not None and len(self.regional.regions) != len(self.regional.texts):
             raise ValueError(f"{len(self.regional.texts)} texts for {len(self.regional.regions)} regions")
         for tap in self.taps:

@@ -1,4 +1,9 @@
-"""Samplers by name: diffusers' scheduler classes with their settings, and the names other programs use for them."""
+"""Samplers by name: diffusers' scheduler classes with their settings, and the names other programs use for them.
+
+Every class of diffusers' ``KarrasDiffusionSchedulers`` is here but ``EDMEuler``, which gives its model ``log(sigma) / 4`` for a
+timestep and reads its output as EDM does, so that no model of discrete timesteps understands it. ``IPNDM`` is not here either:
+its timesteps run from 1 to 0 over noise levels of its own, whatever the base was trained with.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,44 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from studio.errors import RequestError, UnknownNameError
+from studio.errors import MissingDependencyError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One sampler: where its class lives in ``diffusers.schedulers``, the settings that make it, and its name in A1111."""
+    """One sampler: where its class lives in ``diffusers.schedulers``, the settings that make it, and its name in A1111.
+
+    ``mixin`` goes before its class. ``package`` is what it needs beside diffusers, ``instead`` a sampler near it that does not.
+    """
 
     module: str
     cls: str
     title: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    package: str = ""
+    instead: str = ""
+    mixin: type | None = None
+
+
+class _Seeded:
+    """Goes before ``DPMSolverSDEScheduler``, which draws the noise of a whole batch from one seed of its own: here each row's
+    comes from the seed of its generator. ``order_list`` is 1 where a step begins and 2 where it looks between levels."""
+
+    def set_timesteps(self: Any, steps: int, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(steps, *args, **kwargs)  # type: ignore[misc]
+        self.order_list = [1 + index % 2 for index in range(len(self.timesteps))]
+
+    def step(self: Any, out: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None, return_dict: bool = True) -> Any:
+        if self.noise_sampler is None and generator is not None:
+            self.noise_sampler_seed = [each.initial_seed() for each in generator]
+        return super().step(out, timestep, sample, return_dict)  # type: ignore[misc]
 
 
 def _multistep(title: str, **settings: Any) -> Sampler:
@@ -58,9 +85,21 @@ SAMPLERS: Mapping[str, Sampler] = {
     "heun": _plain("heun_discrete", "HeunDiscrete", "Heun"),
     "lcm": _plain("lcm", "LCM", "LCM"),
     "pndm": _plain("pndm", "PNDM", "PLMS", skip_prk_steps=True),
+    "sa_solver": _plain("sasolver", "SASolver", "SA Solver"),
     "tcd": _plain("tcd", "TCD", "TCD"),
     "unipc": _plain("unipc_multistep", "UniPCMultistep", "UniPC"),
 }
+
+OPTIONAL: Mapping[str, Sampler] = {
+    "dpm_sde": replace(
+        _plain("dpmsolver_sde", "DPMSolverSDE", "DPM SDE"), mixin=_Seeded, package="torchsde", instead="dpmpp_sde"
+    ),
+    "lms": replace(_plain("lms_discrete", "LMSDiscrete", "LMS"), package="scipy", instead="euler"),
+}
+"""Samplers that need a package which this project does not; all of them know every schedule."""
+
+KNOWN: Mapping[str, Sampler] = {**SAMPLERS, **OPTIONAL}
+"""All samplers."""
 
 ALIASES: Mapping[str, str] = {
     "euler_ancestral": "euler_a",
@@ -69,6 +108,7 @@ ALIASES: Mapping[str, str] = {
     "k_dpmpp_2m": "dpmpp_2m",
     "k_dpmpp_sde": "dpmpp_sde",
     "k_heun": "heun",
+    "k_lms": "lms",
     "dpmpp": "dpmpp_2m",
     "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
     "dpmpp_2m_sde_heun_gpu": "dpmpp_2m_sde_heun",
@@ -76,6 +116,7 @@ ALIASES: Mapping[str, str] = {
     "dpmpp_2s_ancestral": "dpmpp_2s",
     "dpmpp_3m_sde_gpu": "dpmpp_3m_sde",
     "dpmpp_sde_gpu": "dpmpp_sde",
+    "dpmsolver_sde": "dpm_sde",
     "dpm_2": "dpm2",
     "dpm_2_a": "dpm2_a",
     "dpm_2_ancestral": "dpm2_a",
@@ -88,14 +129,15 @@ NEAREST: Mapping[str, str] = {
     "ddim_cfgpp": "ddim",
     "dpm_adaptive": "dpmpp_2m",
     "dpm_fast": "dpmpp_2m",
+    "edm_euler": "euler_karras",
     "euler_a_cfg_pp": "euler_a",
     "euler_ancestral_cfg_pp": "euler_a",
     "euler_cfg_pp": "euler",
     "heunpp2": "heun",
     "ipndm": "deis",
     "ipndm_v": "deis",
-    "lms": "euler",
     "restart": "heun",
+    "sa_solver_pece": "sa_solver",
 }
 """Samplers of other programs that are not here, and what comes nearest."""
 
@@ -111,7 +153,7 @@ class Schedule:
 
 _SIGMAS = frozenset({
     "deis", "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_2s", "dpmpp_3m_sde", "dpmpp_sde",
-    "euler", "heun", "unipc",
+    "euler", "heun", "sa_solver", "unipc",
 })  # fmt: skip
 _SPACED = (_SIGMAS | {"ddim", "ddpm", "euler_a", "pndm"}) - {"dpmpp_2s", "dpmpp_sde"}
 SCHEDULES: Mapping[str, Schedule] = {
@@ -123,10 +165,12 @@ _SAME_SCHEDULE = {"simple": "sgm_uniform", "normal": "", "uniform": "", "ddim_un
 
 # What a latent diffusion schedule needs and some classes default otherwise; used only where the base's own file is silent.
 LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "thresholding": False}
+_NO_PICTURES = frozenset({"dpm2", "dpm2_a", "dpm_sde", "euler_a", "pndm"})
 # What makes one sampler of another: a base's file may hold it for its own, but it is the request's to choose.
 CHOOSING = frozenset({
-    "algorithm_type", "euler_at_final", "final_sigmas_type", "lower_order_final", "solver_order", "solver_type",
-    "use_beta_sigmas", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+    "algorithm_type", "corrector_order", "euler_at_final", "final_sigmas_type", "lower_order_final", "predictor_order",
+    "solver_order", "solver_type", "use_beta_sigmas", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas",
+    "use_lu_lambdas",
 })  # fmt: skip
 
 
@@ -137,39 +181,60 @@ def sampler_name(name: str) -> str:
 
     Raises:
         UnknownNameError: no such sampler, or one that does not know the schedule.
+        MissingDependencyError: the package that it needs is not installed.
     """
     plain = name.strip().lower().replace("++", "pp").replace("-", "_").replace(" ", "_").replace("a1111_", "")
     plain = ALIASES.get(plain, plain)
-    if plain in SAMPLERS:
-        return plain
+    if plain in KNOWN:
+        return _at_hand(plain)
     for word in sorted({*SCHEDULES, *_SAME_SCHEDULE}, key=len, reverse=True):
         head, found = plain.removesuffix(f"_{word}"), _SAME_SCHEDULE.get(word, word)
         head = ALIASES.get(head, head)
-        if plain.endswith(f"_{word}") and head in SAMPLERS:
+        if plain.endswith(f"_{word}") and head in KNOWN:
             if not found:
-                return head
-            if head in SCHEDULES[found].fits:
-                return f"{head}_{found}"
+                return _at_hand(head)
+            if head in SCHEDULES[found].fits or head in OPTIONAL:
+                return f"{_at_hand(head)}_{found}"
             raise UnknownNameError("scheduler", name, [head], hint=f"('{head}' knows no schedule '{word}')")
         plain = head if head in NEAREST else plain
     hint = f"(other programs have it; the nearest here is '{NEAREST[plain]}')" if plain in NEAREST else ""
-    raise UnknownNameError("scheduler", name, [*SAMPLERS, *ALIASES], hint=hint)
+    raise UnknownNameError("scheduler", name, [*KNOWN, *ALIASES], hint=hint)
+
+
+def _at_hand(name: str) -> str:
+    """The name of a sampler, if what it needs is here."""
+    sampler = KNOWN[name]
+    if sampler.package and find_spec(sampler.package) is None:
+        raise MissingDependencyError(
+            f"the sampler '{name}' needs the package {sampler.package}: install it, or choose '{sampler.instead}'"
+        )
+    return name
 
 
 def sampler_named(name: str) -> Sampler:
     """The sampler of any name that :func:`sampler_name` takes."""
     canonical = sampler_name(name)
-    if canonical in SAMPLERS:
-        return SAMPLERS[canonical]
+    if canonical in KNOWN:
+        return KNOWN[canonical]
     word = next(word for word in SCHEDULES if canonical.endswith(f"_{word}"))
-    plain, schedule = SAMPLERS[canonical.removesuffix(f"_{word}")], SCHEDULES[word]
+    plain, schedule = KNOWN[canonical.removesuffix(f"_{word}")], SCHEDULES[word]
     return replace(plain, title=f"{plain.title} {schedule.title}", settings={**plain.settings, **schedule.settings})
 
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
-    """A fresh scheduler called ``name`` over the noise schedule of ``like`` (betas, prediction type, offsets)."""
+    """A fresh scheduler called ``name`` over the noise schedule of ``like`` (betas, prediction type, offsets).
+
+    Raises:
+        RequestError: a base that predicts the picture itself, and a sampler that cannot read that.
+        UnknownNameError, MissingDependencyError: see :func:`sampler_name`.
+    """
     sampler = sampler_named(name)
+    plain = sampler_name(name).removesuffix("_karras").removesuffix("_exponential").removesuffix("_sgm_uniform")
+    if like.config.get("prediction_type") == "sample" and plain in _NO_PICTURES:
+        raise RequestError(f"this base predicts the picture itself, which the sampler '{name}' cannot read: choose 'ddim'")
     cls = getattr(import_module(f"diffusers.schedulers.{sampler.module}"), sampler.cls)
+    if sampler.mixin is not None:
+        cls = type(sampler.cls, (sampler.mixin, cls), {})
     return cls.from_config(noise_schedule(like), **sampler.settings)
 
 

@@ -19,7 +19,7 @@ from compose.schedulers import sampler_name
 from pipelines.image import GenerateResult, generate
 from pipelines.records import check_record
 from studio.base import base_sha256, known_bases, read_json
-from studio.errors import FileError, RequestError, UnknownNameError
+from studio.errors import FileError, MissingDependencyError, RequestError, UnknownNameError
 from studio.hashes import MODEL_DIGITS, auto_v3, sha256_of
 from studio.infotext import Infotext, hashes, parse
 from studio.lora.library import find_lora, list_loras
@@ -271,7 +271,7 @@ def _scheduler(settings: Mapping[str, str], notes: list[str]) -> dict[str, str]:
         if schedule == "Automatic":
             schedule = _AUTOMATIC.get(plain, "")
         return {"scheduler": sampler_name(f"{sampler} {schedule}")}
-    except UnknownNameError as error:
+    except (UnknownNameError, MissingDependencyError) as error:
         notes.append(f"its sampler '{f'{sampler} {schedule}'.strip()}' is not here, so the base's default is used ({error})")
         return {}
 

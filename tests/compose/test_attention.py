@@ -26,7 +26,6 @@ from compose.plan import (
     Tap,
     Where,
     columns,
-    groups,
 )  # fmt: skip
 from compose.routes import Grid, constant
 from studio.base import Base
@@ -196,30 +195,6 @@ def test_isolation_in_a_whole_unet_and_what_a_tap_sees_of_it(base: Base) -> None
         assert each.values[:, apart[1], 0].min() > 0
     one = Isolation(regions=Regions(APART.places[:1]))
     torch.testing.assert_close(under(base, AttentionPlan(isolation=one)), plain, atol=1e-5, rtol=1e-4)
-
-
-def test_regions_never_vanish_and_round_as_published() -> None:
-    # A box of 61..512 x 0..160 pixels (y, x) in 512 x 1024: rows 8..64 and columns 0..20 of the latent's 64 x 128.
-    box = Regions(((0.0, 61 / 512, 160 / 1024, 1.0),))
-    for height, width, rows, cols in ((64, 128, (8, 64), (0, 20)), (32, 64, (4, 32), (0, 10)), (16, 32, (2, 16), (0, 5)),
-                                      (8, 16, (1, 8), (0, 2))):  # fmt: skip
-        expected = torch.zeros(height, width, dtype=torch.bool)
-        expected[rows[0] : rows[1], cols[0] : cols[1]] = True
-        assert torch.equal(box.at(height, width)[0].view(height, width), expected)
-    tiny = Regions(((0.51, 0.01, 0.55, 0.02), (0.9999, 0.9999, 1.0, 1.0)))
-    assert tiny.at(4, 4).sum(1).tolist() == [1, 1]
-    assert tiny.at(4, 4)[0, 2]
-    assert tiny.at(4, 4)[1, 15]
-    mask = torch.zeros(2, 8, 8)
-    mask[0, 1, 6] = mask[1, :4, :4] = 1
-    assert Regions(mask).at(2, 2).tolist() == [[False, True, False, False], [True, False, False, False]]
-    assert Regions(mask[1:]).at(16, 16).sum() == 64
-
-
-def test_groups_partition_the_queries() -> None:
-    found = groups(APART.at(8, 12))
-    assert sorted(torch.cat([queries for queries, _ in found]).tolist()) == list(range(96))
-    assert len(found) == 3
 
 
 @pytest.fixture(scope="module")

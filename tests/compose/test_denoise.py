@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,25 @@ import torch
 from torch import Tensor
 
 from compose.bank import Adapter, LoraBank
-from compose.denoise import Event, denoise, generators_of, initial_noise
+from compose.denoise import Event, denoise, generators_of, initial_noise, original_estimate
 from compose.merge import Merge
 from compose.run import Method, Run, Step
-from compose.schedulers import SAMPLERS, make_scheduler, sampler_name
+from compose.schedulers import KNOWN, make_scheduler, sampler_name
 from compose.text import encode_pair
 from studio.base import Base
 from studio.errors import CancelledError, NumericsError, RequestError, UnknownNameError
 from studio.lora.model import Lora
+from tests.compose.test_schedulers import stand_in
 
 SIZE = (64, 32)
-STOCHASTIC = {"ddpm", "dpm2_a", "dpmpp_2m_sde", "dpmpp_2m_sde_karras", "dpmpp_sde", "dpmpp_sde_karras", "euler_a", "lcm", "tcd"}
+STOCHASTIC = {
+    "ddpm", "dpm2_a", "dpm_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_karras", "dpmpp_sde", "dpmpp_sde_karras", "euler_a", "lcm",
+    "sa_solver", "tcd",
+}  # fmt: skip
+CLASSES = {sampler.cls: name for name, sampler in KNOWN.items()}
+"""A sampler of each class."""
+EPSILON_AND_V = {"dpm2", "dpm2_a", "dpm_sde", "euler_a", "pndm"}
+"""Those whose classes do not take a model that predicts the picture itself."""
 
 
 def sample(base: Base, seeds: list[int], prompt: str = "a red apple", **changes: Any) -> Tensor:
@@ -38,20 +47,68 @@ def stock(tiny_base: Path) -> Any:
     return pipeline
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_equals_the_stock_pipeline(base: Base, stock: Any, name: str) -> None:
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+
+
+def expected_of(stock: Any, base: Base, name: str) -> Tensor:
+    """What the stock pipeline makes of the seeds 5 and 6."""
     generators = generators_of([5, 6])
     noise = initial_noise(base, generators, SIZE)
     stock.scheduler = make_scheduler(name, base.scheduler)
-    expected = stock(
+    latents: Tensor = stock(
         ["a red apple"] * 2, negative_prompt=["night"] * 2, width=SIZE[0], height=SIZE[1], num_inference_steps=4,
         guidance_scale=4.0, latents=noise, generator=generators, output_type="latent", eta=0.3 if name == "tcd" else 0.0,
     ).images  # fmt: skip
+    return latents
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_equals_the_stock_pipeline(base: Base, stock: Any, name: str) -> None:
+    expected = expected_of(stock, base, name)
     got = sample(base, [5, 6], scheduler=name)
     assert got.std() > 0.1
     assert (got - expected).abs().max() <= 1e-4
 
 
+def predicting(base: Base, kind: str) -> Base:
+    """The base as if its model were trained to predict something else."""
+    return dataclasses.replace(base, scheduler=type(base.scheduler).from_config(base.scheduler.config, prediction_type=kind))
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "v_prediction") for name in sorted(CLASSES.values())),
+        *((name, "sample") for name in sorted({*CLASSES.values()} - EPSILON_AND_V)),
+    ],
+)
+def test_equals_the_stock_pipeline_whatever_the_model_predicts(base: Base, stock: Any, name: str, kind: str) -> None:
+    other = predicting(base, kind)
+    expected = expected_of(stock, other, name)
+    assert stock.scheduler.config.prediction_type == kind
+    got = sample(other, [5, 6], scheduler=name)
+    assert got.std() > 0.01
+    assert (got - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_estimate_is_the_picture_when_the_model_is_right(base: Base, name: str, kind: str) -> None:
+    scheduler = make_scheduler(name, predicting(base, kind).scheduler)
+    scheduler.set_timesteps(5)
+    clean, noise = torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    timestep = scheduler.timesteps[2]
+    noisy = scheduler.scale_model_input(scheduler.add_noise(clean, noise, timestep[None]), timestep)
+    share = scheduler.alphas_cumprod[int(timestep)]
+    exact = {"epsilon": noise, "v_prediction": share.sqrt() * noise - (1 - share).sqrt() * clean, "sample": clean}[kind]
+    torch.testing.assert_close(original_estimate(scheduler, noisy, exact, timestep), clean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize("name", ["ddim", "euler", *sorted(STOCHASTIC)])
 def test_an_item_starts_from_its_own_noise_in_any_batch(base: Base, name: str) -> None:
     together = sample(base, [1, 2, 3], scheduler=name)
@@ -60,7 +117,8 @@ def test_an_item_starts_from_its_own_noise_in_any_batch(base: Base, name: str) -
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", sorted(KNOWN))
 @pytest.mark.parametrize("steps", [1, 2])
 def test_few_steps_work(base: Base, name: str, steps: int) -> None:
     assert sample(base, [0], scheduler=name, steps=steps).isfinite().all()

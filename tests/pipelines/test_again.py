@@ -249,6 +249,17 @@ def test_samplers_of_a1111(
     assert any("is not here, so the base's default is used" in note for note in result.notes) == said
 
 
+def test_a_sampler_that_lacks_its_package_is_one_that_is_not_here(
+    loras: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compose.schedulers.find_spec", lambda name: None)
+    path = tmp_path / "a.txt"
+    path.write_text(a1111(loras, Sampler="LMS"))
+    result = rerun(path, lora_dirs=[loras], base=str(tiny_base))
+    assert result.request.scheduler == "dpmpp_2m"
+    assert any("needs the package scipy: install it, or choose 'euler'" in note for note in result.notes)
+
+
 def test_what_a_foreign_text_needs_and_is_not_here_is_one_sentence(loras: Path, tmp_path: Path, tiny_base: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(a1111(loras))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,6 +271,28 @@ def test_a_failure_costs_only_its_own_line(
     bad.clear()
     assert studio(jobs, "--out", out) == 0
     assert pictures(out) == ["a.png", "b.png", "c.png"]
+
+
+def test_where_no_bar_can_be_each_job_says_how_long_the_rest_takes(
+    job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, now = GenerateJob.run, [0.0]
+
+    def run(self: GenerateJob, folder: Path, name: str, mark: str, reach: Any) -> Any:
+        now[0] += 6
+        if name == "bad":
+            raise NumericsError("the model produced NaN")
+        return real(self, folder, name, mark, reach)
+
+    monkeypatch.setattr(GenerateJob, "run", run)
+    monkeypatch.setattr("ui.render.time", SimpleNamespace(monotonic=lambda: now[0]))
+    jobs = write(tmp_path / "j.jsonl", job(name="one"), job("a dog", count=2, name="two"), job("a red cat", name="bad"))
+    assert studio(jobs, "--out", tmp_path / "out") == 1
+    assert [line for line in capsys.readouterr().err.splitlines() if " of 4: " in line] == [
+        "1 of 4: made one.png, about 18 s left", "3 of 4: made two-1.png, two-2.png, about 4 s left", "4 of 4: failed bad.png",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a terminal has the bar instead
+    assert studio(jobs, "--out", tmp_path / "out") == 1 and " of 1: " not in capsys.readouterr().err
 
 
 def test_nothing_foreign_is_written_over(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
