@@ -1,10 +1,11 @@
-"""The bank is not tied to one UNet: SDXL's second text encoder, and transformers that denoise."""
+"""Bank and methods are not tied to one UNet: SDXL's second text encoder, and transformers that denoise."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from compose.bank import Adapter, LoraBank
+from compose.composite import Composite
+from compose.merge import Merge
 from compose.routes import per_row
+from compose.run import Method, Run, Step
+from compose.text import Encoded
 from studio.base import load_base
 from studio.errors import LoraFileError
 from studio.lora.dense import dense
 from studio.lora.files import check_against, load_lora, module_shapes
 from studio.lora.model import Delta, LohaDelta, Lora, LoraDelta
 from studio.lora.write import save_lora
+from tests.compose.test_merge import agreeing, largest
 
 
 def random_delta(weight: Tensor, generator: torch.Generator, rank: int = 3) -> LoraDelta:
@@ -163,3 +169,106 @@ def test_rows_with_loras_of_their_own_in_a_transformer(transformer: tuple[nn.Mod
         with torch.no_grad():
             torch.testing.assert_close(got[row], oracle(**given).sample[row], atol=1e-4, rtol=1e-4)
         assert (got[row] - plain[row]).abs().max() > 0.1
+
+
+class AsUNet(nn.Module):
+    """A transformer that is called as a UNet is; what else it wants follows from the text and the shape."""
+
+    dtype = torch.float32
+
+    def __init__(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.places = {key: value for key, value in given.items() if key.endswith("_ids")}
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
+        out: Tensor = self.model(
+            hidden_states=x.flatten(2).mT if self.places else x,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=encoder_hidden_states.mean(1)[:, :12],
+            timestep=timestep.expand(len(x)),
+            return_dict=return_dict,
+            **self.places,
+        )[0]
+        return (out.mT.reshape(x.shape) if self.places else out,)
+
+
+@torch.no_grad()
+def predicted(model: nn.Module, given: Mapping[str, Any], method: Method, adapters: list[Adapter]) -> Tensor:
+    """What ``method`` predicts for two latents at its first step, ``[uncond or cond, n, c, h, w]``."""
+    x, states = given["hidden_states"], given["encoder_hidden_states"]
+    if x.ndim == 3:
+        x = x.mT.unflatten(2, (4, 4))
+    positive, negative = (Encoded(states=text, ids=torch.zeros(2, 5)) for text in (states, states.flip(-1)))
+    base: Any = SimpleNamespace(unet=AsUNet(model, given))
+    with LoraBank({"transformer": model}, adapters, fuse=method.fuse) as bank:
+        run = Run(
+            base=base, positive=positive, negative=negative, size=(64, 64), guidance=3.0, generators=[], scheduler=None,
+            latents=x, noise=x, first=lambda noise: noise, fresh=lambda: None, bank=bank, room=4,
+        )  # fmt: skip
+        method.prepare(run)
+        step = Step(index=0, count=1, timestep=torch.tensor(0.5))
+        method.before_step(run, step)
+        uncond, cond = method.predict(run, step, x)
+    assert uncond is not None
+    return torch.stack([uncond, cond])
+
+
+def changed(model: nn.Module, changes: Mapping[str, Tensor]) -> nn.Module:
+    """A copy whose weights hold ``W + dW``."""
+    other = copy.deepcopy(model)
+    for name, change in changes.items():
+        other.get_submodule(name.removeprefix("transformer.")).weight.data += change
+    return other
+
+
+@pytest.fixture
+def pair(transformer: tuple[nn.Module, dict[str, Any]]) -> list[Adapter]:
+    """LoRAs on all linear layers."""
+    weights = {f"transformer.{path}": m.weight for path, m in transformer[0].named_modules() if isinstance(m, nn.Linear)}
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Adapter(name, Lora({key: random_delta(weight, generator) for key, weight in weights.items()}), strength)
+        for name, strength in (("one", 0.8), ("two", -0.5))
+    ]
+
+
+def best_of_rank_4(parts: list[tuple[float, Any]]) -> Tensor:
+    left, values, right = torch.linalg.svd(sum(weight * dense(part) for weight, part in parts), full_matrices=False)
+    return left[:, :4] * values[:4] @ right[:4]
+
+
+@pytest.mark.parametrize(
+    ("options", "oracle"),
+    [
+        ({}, lambda parts: sum(weight * dense(part) for weight, part in parts)),
+        ({"how": "svd", "rank": 4}, best_of_rank_4),
+        (
+            {"how": "ties", "density": 0.4, "rank": 64},
+            lambda parts: agreeing([weight * largest(dense(part), 0.4) for weight, part in parts]),
+        ),
+    ],
+    ids=["sum", "svd", "ties"],
+)
+def test_merge_in_a_transformer_equals_truly_merged_weights(
+    transformer: tuple[nn.Module, dict[str, Any]], pair: list[Adapter], options: dict[str, Any], oracle: Callable[..., Tensor]
+) -> None:
+    model, given = transformer
+    changes = {name: oracle([(a.weight, a.lora.layers[name]) for a in pair]) for name in pair[0].lora.layers}
+    expected = predicted(changed(model, changes), given, Method(), [])
+    torch.testing.assert_close(predicted(model, given, Merge.of(**options), pair), expected, atol=1e-4, rtol=1e-4)
+    assert (predicted(model, given, Method(), []) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_composite_in_a_transformer_is_the_mean_of_single_forwards(
+    transformer: tuple[nn.Module, dict[str, Any]], pair: list[Adapter], chunk: int | None
+) -> None:
+    model, given = transformer
+    single = [
+        changed(model, {name: adapter.weight * dense(delta) for name, delta in adapter.lora.layers.items()}) for adapter in pair
+    ]
+    expected = torch.stack([predicted(each, given, Method(), []) for each in single]).mean(0)
+    got = predicted(model, given, Composite.of(chunk=chunk), pair)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert (predicted(model, given, Merge(), pair) - expected).abs().max() > 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from torch import Tensor
 from compose.bank import Adapter, LoraBank
 from compose.cmlora import CMLoRA, CMLoRAOptions, Turn, refresh_steps, turns, weights
 from compose.composite import Composite
-from compose.run import Run, Step
+from compose.run import Method, Run, Step
 from compose.separate import BASE
 from compose.shallow import captured, skipping, usable_cut
 from studio.base import Base, load_base
 from studio.errors import RequestError
 from studio.lora.model import Lora
+from tests.compose.test_methods import unchanging
+from tests.compose.test_start import NOISE, ODD, PICTURE
 
 Sample = Callable[..., Tensor]
 
@@ -190,11 +193,11 @@ class Oracle(CMLoRA):
             run.bank.route = route.view(1, 1, 1, 1, 1, -1)
             for half, text in enumerate((run.negative, run.positive)):
                 if position in turn.whole or (concept == BASE and turn.whole):
-                    with captured(run.base.unet, 1) as found:
+                    with captured(run.base.unet, self.cut) as found:
                         out = run.forward(x, step.timestep, text)
                     self.features[concept, half] = found[0]
                 else:
-                    with skipping(run.base.unet, 1, self.features[concept, half]):
+                    with skipping(run.base.unet, self.cut, self.features[concept, half]):
                         out = run.forward(x, step.timestep, text)
                 total[half] += weight * out
         return total[0], total[1]
@@ -204,13 +207,73 @@ class Oracle(CMLoRA):
         self.features: dict[tuple[int, int], Tensor] = {}
 
 
-@pytest.mark.parametrize("options", [{}, {"max_age": 2, "order": "reversed"}, {"amplify": 2}])
-def test_batched_and_chunked_forwards_equal_one_by_one(sample: Sample, three: list[Adapter], options: dict[str, Any]) -> None:
-    told = {"high": "one,three", **options}
-    expected = sample(Oracle.of(**told), three, seeds=[0, 5], steps=9)
-    for chunk in (None, 1, 2):
-        got = sample(CMLoRA.of(chunk=chunk, **told), three, seeds=[0, 5], steps=9)
+@pytest.mark.parametrize(
+    ("options", "begin", "chunks"),
+    [
+        ({}, NOISE, (None, 1, 2)),
+        ({"max_age": 2, "order": "reversed"}, NOISE, (None, 1, 2)),
+        ({"amplify": 2}, NOISE, (None, 1, 2)),
+        ({}, {**PICTURE, "steps": 6}, (None,)),
+        ({"max_age": 2}, {**ODD, "steps": 6}, (2,)),
+    ],
+)
+def test_batched_and_chunked_forwards_equal_one_by_one(
+    sample: Sample, three: list[Adapter], options: dict[str, Any], begin: dict[str, Any], chunks: tuple[int | None, ...]
+) -> None:
+    told, settings = {"high": "one,three", **options}, {"seeds": [0, 5], "steps": 9, **begin}
+    expected = sample(Oracle.of(**told), three, **settings)
+    for chunk in chunks:
+        got = sample(CMLoRA.of(chunk=chunk, **told), three, **settings)
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
+
+
+class EveryOne(CMLoRA):
+    """Every LoRA makes a whole forward at every step, though features are kept."""
+
+    def prepare(self, run: Run) -> None:
+        super().prepare(run)
+        self.course = [replace(turn, whole=tuple(range(len(self.concepts)))) for turn in self.course]
+
+
+@pytest.mark.parametrize("dominance", [1, 1.5, 4])
+def test_keeping_features_changes_no_bit_where_all_are_whole(sample: Sample, three: list[Adapter], dominance: float) -> None:
+    told = {"order": "rotation", "dominance": dominance}
+    method = EveryOne.of(**told)
+    got = sample(method, three, steps=4)
+    assert (method.whole, method.shallow, len(method.kept)) == (12, 0, 3)
+    assert torch.equal(got, sample(CMLoRA.of(**told, cache=False), three, steps=4))
+    assert not torch.equal(got, sample(CMLoRA.of(**told), three, steps=4))
+
+
+def test_one_lora_refreshed_at_every_step_is_plain_inference_with_it(sample: Sample, three: list[Adapter]) -> None:
+    method = CMLoRA.of(intervals="1,1")
+    got = sample(method, three[:1])
+    assert (method.whole, method.shallow, len(method.kept)) == (5, 0, 1)
+    torch.testing.assert_close(got, sample(None, three[:1]), atol=1e-5, rtol=1e-5)
+
+
+class Kept(Method):
+    """The stock model, its deep features kept from one of CMLoRA's refresh steps to the next."""
+
+    def predict(self, run: Run, step: Step, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        if step.index in refresh_steps(step.count):
+            with captured(run.base.unet, 1) as found:
+                out = run.forward_guided(x, step.timestep)
+            self.feature = found[0]
+            return out
+        with skipping(run.base.unet, 1, self.feature):
+            return run.forward_guided(x, step.timestep)
+
+
+def test_loras_that_change_nothing_give_the_stock_picture_cached_too(sample: Sample, three: list[Adapter]) -> None:
+    """To rounding where no feature gets old, else what the stock model gives with its own features kept as long."""
+    none = [unchanging(adapter) for adapter in three]
+    plain, told = sample(None), {"order": "rotation"}
+    for method in (CMLoRA.of(**told, cache=False), EveryOne.of(**told)):
+        torch.testing.assert_close(sample(method, none), plain, atol=1e-5, rtol=1e-5)
+    kept = sample(Kept())
+    torch.testing.assert_close(sample(CMLoRA.of(**told), none[:1]), kept, atol=1e-5, rtol=1e-5)
+    assert (kept - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("steps", "amplify"), [(1, 1), (4, 1), (20, 1), (20, 2)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -86,6 +86,44 @@ def test_ties_and_dare_at_full_density() -> None:
     torch.testing.assert_close(change("dare", parts, density=1.0), one + two, atol=1e-4, rtol=1e-4)
     one_alone = change("ties", [(1.0, delta(1))], density=0.3, rank=8)
     torch.testing.assert_close(one_alone, trim(dense(delta(1)), 0.3), atol=1e-4, rtol=1e-4)
+
+
+def largest(entries: Tensor, density: float) -> Tensor:
+    """The share ``density`` of entries with the largest absolute values, found by sorting them."""
+    least = entries.abs().flatten().sort().values[-round(density * entries.numel())]
+    return torch.where(entries.abs() >= least, entries, 0)
+
+
+def agreeing(kept: Sequence[Tensor]) -> Tensor:
+    """Entry by entry, the mean of those that have the sign with the larger total."""
+    out = []
+    for values in zip(*(each.flatten().tolist() for each in kept), strict=True):
+        found = [value for value in values if value * sum(values) > 0]
+        out.append(sum(found) / max(len(found), 1))
+    return torch.tensor(out).view(kept[0].shape)
+
+
+@pytest.mark.parametrize("shape", [(10, 8), (6, 4, 3, 3)])
+@pytest.mark.parametrize("how", ["ties", "dare", "dare_ties"])
+def test_three_loras_thinned_out_by_hand(how: str, shape: tuple[int, ...]) -> None:
+    parts = [(0.8, delta(1, 3, shape)), (-0.5, delta(2, 3, shape)), (0.6, delta(3, 3, shape))]
+    recipe = Recipe(how=how, density=0.4, rank=8)
+    got = HOWS[how](parts, torch.zeros(shape), recipe, torch.Generator().manual_seed(5))
+    draws = torch.rand(3, *shape, generator=torch.Generator().manual_seed(5))
+    if how == "ties":
+        kept = [weight * largest(dense(part), 0.4) for weight, part in parts]
+    else:
+        kept = [weight * dense(part) * (draw < 0.4) / 0.4 for (weight, part), draw in zip(parts, draws, strict=True)]
+    expected = torch.stack(kept).sum(0) if how == "dare" else agreeing(kept)
+    torch.testing.assert_close(dense(got), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_each_layer_drops_entries_of_its_own() -> None:
+    lora = Lora({"unet.x": delta(1), "unet.y": delta(1)})
+    bases = dict.fromkeys(lora.layers, torch.zeros(10, 8))
+    one = fused([(1.0, lora)], bases, Recipe(how="dare", density=0.4, rank=8))
+    x, y = (dense(one.layers[name]).abs() > 1e-3 for name in ("unet.x", "unet.y"))
+    assert x.any() and y.any() and not torch.equal(x, y)
 
 
 @pytest.mark.parametrize("how", sorted(HOWS))

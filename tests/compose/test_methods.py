@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,15 @@ from compose.bank import Adapter, LoraBank
 from compose.cmlora import CMLoRA
 from compose.composite import Composite
 from compose.denoise import guide
+from compose.merge import Merge
 from compose.run import Method, Run, Step
 from compose.separate import chunks
 from compose.switch import Switch, active, turn_length
 from compose.text import Wording, encode_pair
 from studio.base import Base
 from studio.errors import RequestError, UnknownNameError
-from studio.lora.model import Lora
+from studio.lora.model import Lora, LoraDelta
+from tests.compose.test_start import NOISE, ODD, PICTURE
 
 Sample = Callable[..., Tensor]
 
@@ -55,15 +58,33 @@ class Alone(Method):
         return (uncond if run.guided else None), cond
 
 
-def test_composite_is_the_mean_of_separate_forwards(base: Base, three: list[Adapter], sample: Sample) -> None:
-    expected = sample(Alone(base, three, lambda step: [1 / 3] * 3), seeds=[0, 7])
-    for chunk in (None, 1, 2):
-        got = sample(Composite.of(chunk=chunk), three, seeds=[0, 7])
+@pytest.mark.parametrize(
+    ("begin", "sizes"), [(NOISE, (None, 1, 2)), (PICTURE, (None,)), (ODD, (2,))], ids=["noise", "picture", "odd"]
+)
+def test_composite_is_the_mean_of_separate_forwards(
+    base: Base, three: list[Adapter], sample: Sample, begin: dict[str, Any], sizes: tuple[int | None, ...]
+) -> None:
+    expected = sample(Alone(base, three, lambda step: [1 / 3] * 3), seeds=[0, 7], **begin)
+    for chunk in sizes:
+        got = sample(Composite.of(chunk=chunk), three, seeds=[0, 7], **begin)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    assert (sample(None, three, seeds=[0, 7]) - expected).abs().max() > 0.05
+    assert (sample(None, three, seeds=[0, 7], **begin) - expected).abs().max() > 0.05
+
+
+def test_a_gain_multiplies_the_weights(three: list[Adapter], sample: Sample) -> None:
     weaker = [Adapter(a.name, a.lora, a.weight * 0.5) for a in three if a.name == "two"]
     stronger = [Adapter(a.name, a.lora, a.weight) for a in three if a.name == "two"]
     torch.testing.assert_close(sample(Composite.of(gain="0.5"), stronger), sample(Composite(), weaker), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_mean_stays_nearer_to_the_base_than_a_sum(make_lora: Callable[..., Lora], sample: Sample, guidance: float) -> None:
+    """By their first predictions: what one step makes of the same noise is linear in them."""
+    equal = [Adapter(f"lora {seed}", make_lora(seed, size=0.2)) for seed in range(3)]
+    settings: dict[str, Any] = {"seeds": [0, 7], "steps": 1, "guidance": guidance}
+    plain = sample(None, **settings)
+    mean, total = (float((sample(method, equal, **settings) - plain).norm()) for method in (Composite(), Merge()))
+    assert 0.1 * total < mean < 0.7 * total
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 3.0])
@@ -107,16 +128,20 @@ def test_equal_prompts_are_held_once(make_lora: Callable[..., Lora], sample: Sam
     assert not [name for name, value in vars(composite).items() if isinstance(value, dict) and name != "prompts"]
 
 
-def test_switch_is_one_lora_at_a_time(base: Base, three: list[Adapter], sample: Sample) -> None:
+@pytest.mark.parametrize(("begin", "turns"), [(NOISE, [0, 0, 1, 1, 2, 2]), (PICTURE, [0, 0, 1, 1, 2]), (ODD, [0, 0, 1, 1, 2])])
+def test_switch_is_one_lora_at_a_time(
+    base: Base, three: list[Adapter], sample: Sample, begin: dict[str, Any], turns: list[int]
+) -> None:
     def share(step: int) -> list[float]:
         return [1.0 if k == active(step, 3, 2) else 0.0 for k in range(3)]
 
     switch = Switch.of(tau="2")
-    got = sample(switch, three, seeds=[0, 7])
-    assert switch.turns == [0, 0, 1, 1, 2]
-    torch.testing.assert_close(got, sample(Alone(base, three, share), seeds=[0, 7]), atol=1e-4, rtol=1e-4)
-    only_first = sample(Switch.of(tau=5), three)
-    torch.testing.assert_close(only_first, sample(None, three[:1]), atol=1e-4, rtol=1e-4)
+    got = sample(switch, three, seeds=[0, 7], steps=6, **begin)
+    assert switch.turns == turns
+    expected = sample(Alone(base, three, share), seeds=[0, 7], steps=6, **begin)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    only_first = sample(Switch.of(tau=6), three, steps=6, **begin)
+    torch.testing.assert_close(only_first, sample(None, three[:1], steps=6, **begin), atol=1e-4, rtol=1e-4)
 
 
 def test_turns_of_switch() -> None:
@@ -167,10 +192,23 @@ def test_one_lora_is_plain_inference_with_it(sample: Sample, three: list[Adapter
 
 
 @pytest.mark.parametrize("name", ["switch", "composite", "cmlora"])
-def test_equal_loras_are_one_and_zero_ones_nothing(sample: Sample, three: list[Adapter], name: str) -> None:
+def test_equal_loras_are_one(sample: Sample, three: list[Adapter], name: str) -> None:
     options = {**EXACT.get(name, {}), **({"order": "rotation"} if name == "cmlora" else {})}
     same = [Adapter(f"copy {i}", three[1].lora, 1.0) for i in range(3)]
     torch.testing.assert_close(sample(method_named(name, **options), same), sample(None, same[:1]), atol=1e-4, rtol=1e-4)
+
+
+def unchanging(adapter: Adapter) -> Adapter:
+    """Attached as any other, but its change is exactly zero, as when training begins."""
+    layers = {k: replace(delta, up=delta.up * 0) for k, delta in adapter.lora.layers.items() if isinstance(delta, LoraDelta)}
+    return Adapter(adapter.name, Lora(layers), adapter.weight)
+
+
+@pytest.mark.parametrize("name", ["merge", "switch", "composite"])
+def test_loras_that_change_nothing_give_the_stock_picture(sample: Sample, three: list[Adapter], name: str) -> None:
+    """To rounding; CMLoRA's features get old, see its own test."""
+    none = [unchanging(adapter) for adapter in three]
+    torch.testing.assert_close(sample(method_named(name), none), sample(None), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERYWHERE if name != "masked"])
