@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -36,6 +36,9 @@ from compose.routes import constant
 from compose.run import Method, Options, Run, Step
 from compose.text import words_of
 from studio.errors import RequestError
+
+if TYPE_CHECKING:
+    from studio.base import Base
 
 SHARPNESS = 100.0
 """Multiplies the maps before words compete for each place."""
@@ -110,6 +113,11 @@ class Attend(Method):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         self.method.check(adapters)
+
+    def survey(
+        self, base: Base, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_step: OnLayer | None = None
+    ) -> Sequence[str]:
+        return self.method.survey(base, adapters, layers, on_step)
 
     def fuse(
         self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None

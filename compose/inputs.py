@@ -8,6 +8,7 @@ LoRA for attention and feed-forward layers of SD 1.5, and 11 GB for those of SDX
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from compose.bank import Adapter, Layer, LoraBank, OnLayer
 from compose.profile import STEPS, prompts_for, solos
 from compose.routes import constant
+from studio.errors import OutOfMemoryError
+from studio.placement import free_bytes
 
 if TYPE_CHECKING:
     from compose.denoise import Event
@@ -27,8 +30,11 @@ SEED = 0
 
 
 def reads_tokens(layer: nn.Module) -> bool:
-    """Whether a layer multiplies every token or pixel by one matrix: linear layers, and convolutions of one pixel."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.weight[0, 0].numel() == 1)
+    """Whether a layer multiplies every token or pixel by one matrix: linear layers, and plain convolutions of one pixel."""
+    if isinstance(layer, nn.Linear):
+        return True
+    plain = (1, 1), (1, 1), (0, 0), 1
+    return isinstance(layer, nn.Conv2d) and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == plain
 
 
 def moments(
@@ -39,14 +45,27 @@ def moments(
     steps: int = STEPS,
     on_step: OnLayer | None = None,
 ) -> dict[str, Tensor]:
-    """``G_k`` of every layer that any LoRA changes and :func:`reads_tokens`: ``[K, d, d]``, on the CPU, by name.
+    """``G_k`` of every layer that any LoRA changes and :func:`reads_tokens`: ``[K, d, d]``, on the CPU, by name. They are means
+    over the tokens, so that a LoRA which draws longer does not count more.
 
     Args:
         adapters: with a weight each; it acts while they draw. layers: of the models, by the names LoRAs use.
         on_step: hears of how many steps are done, and of how many in all; it may raise to stop.
+
+    Raises:
+        OutOfMemoryError: main memory would not hold them.
     """
     touched = {name for adapter in adapters for name in adapter.lora.layers}
     heard = {name: layer for name, layer in layers.items() if name in touched and reads_tokens(layer)}
+    need, free = (
+        4 * len(adapters) * sum(layer.weight.shape[1] ** 2 for layer in heard.values()),
+        free_bytes(torch.device("cpu")),
+    )
+    if free is not None and need > free:
+        raise OutOfMemoryError(
+            f"what flows into the layers of {len(adapters)} LoRAs takes {need / 1e9:.1f} GB of main memory, and "
+            f"{free / 1e9:.1f} GB are free: merge fewer LoRAs, or in another way, such as 'cat'"
+        )
     found = {name: torch.zeros(len(adapters), *(layer.weight.shape[1],) * 2) for name, layer in heard.items()}
     told = [prompts_for(adapter) for adapter in adapters]
     total, done = steps * sum(-(-len(prompts) // base.family.batch) for prompts in told), 0
@@ -59,25 +78,29 @@ def moments(
 
     for index, (adapter, prompts) in enumerate(zip(adapters, told, strict=True)):
         own = {name: every[index] for name, every in found.items()}
-        with LoraBank.on(base, [adapter]) as bank, _hearing(heard, own):
+        counts: Counter[str] = Counter()
+        with LoraBank.on(base, [adapter]) as bank, _hearing(heard, own, counts):
             for _ in solos(base, bank, constant([1.0]), prompts, (SEED,), steps, on_step=stepped):
                 pass
+        for name, total_of in own.items():
+            total_of /= max(counts[name], 1)
     return found
 
 
 @contextmanager
-def _hearing(layers: Mapping[str, Layer], sums: Mapping[str, Tensor]) -> Iterator[None]:
-    """Add the second moments of what goes into ``layers`` to ``sums`` meanwhile."""
+def _hearing(layers: Mapping[str, Layer], sums: Mapping[str, Tensor], counts: Counter[str]) -> Iterator[None]:
+    """Add the second moments of what goes into ``layers`` to ``sums`` meanwhile, and how many tokens they are to ``counts``."""
 
-    def listen(total: Tensor) -> Callable[..., None]:
+    def listen(name: str) -> Callable[..., None]:
         def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
             rows = (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2).float()
-            total.add_((rows.T @ rows).cpu())
+            sums[name].add_((rows.T @ rows).cpu())
+            counts[name] += len(rows)
 
         return add
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(listen(sums[name])).remove)
+            stack.callback(layer.register_forward_pre_hook(listen(name)).remove)
         yield

@@ -19,6 +19,7 @@ from compose.figures import Figure, Schedule
 from compose.fuse import DENSITY, Recipe, fused, layer_weights
 from compose.inputs import moments
 from compose.options import Count, Share, from_json
+from compose.profile import prompts_for
 from compose.refit import REFITS
 from compose.regions import speaking
 from compose.routes import Site, constant
@@ -69,7 +70,9 @@ class MergeOptions(Options):
     @model_validator(mode="after")
     def _used(self) -> Self:
         if self.rank is not None and self.how in ("sum", "cat"):
-            raise ValueError(f"'rank' does nothing with how='{self.how}', which keeps every rank: take svd, ties, dare or lego")
+            raise ValueError(
+                f"'rank' does nothing with how='{self.how}', which keeps every rank: take another, such as svd or ties"
+            )
         if self.density is not None and self.how not in DENSITY:
             raise ValueError(f"'density' does nothing with how='{self.how}', which drops no entries: take {', '.join(DENSITY)}")
         if self.seed and self.how not in RANDOM:
@@ -131,9 +134,16 @@ class Merge(Method):
 
     def survey(
         self, base: Base, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_step: OnLayer | None = None
-    ) -> None:
-        if self.options.how in REFITS:
-            self.moments = moments(base, live(adapters), layers, on_step=on_step)
+    ) -> Sequence[str]:
+        some = live(adapters)
+        if self.options.how not in REFITS or len(some) < 2:
+            return ()
+        self.moments = moments(base, some, layers, on_step=on_step)
+        return [
+            f"LoRA '{adapter.name}' does not say what it draws: how='{self.options.how}' saw it without a prompt"
+            for adapter in some
+            if not any(prompts_for(adapter))
+        ]
 
     def fuse(
         self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None
@@ -145,7 +155,7 @@ class Merge(Method):
         if not some:
             return []
         options = self.options
-        if options.how in REFITS and self.moments is None:
+        if options.how in REFITS and self.moments is None and len(some) > 1:
             raise RequestError(
                 f"how='{options.how}' looks at the base first: call the method's survey before LoRAs are attached"
             )

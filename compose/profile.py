@@ -28,6 +28,7 @@ from compose.text import Reading, encode_pair
 from studio.errors import FileError, RequestError
 from studio.files import whole
 from studio.hashes import cache_folder
+from studio.lora.identity import trigger_words
 
 if TYPE_CHECKING:
     from compose.bank import Adapter, LoraBank
@@ -110,8 +111,8 @@ class Solo(Method):
 
 
 def prompts_for(adapter: Adapter) -> tuple[str, ...]:
-    """What to measure a LoRA with: its trigger and class in a few sentences."""
-    called = adapter.lora.called
+    """What to measure a LoRA with: its trigger and class in a few sentences, or what other trainers note of its captions."""
+    called = adapter.lora.called or next(iter(trigger_words(adapter.lora.metadata)), "")
     return tuple(template.format(called) for template in TEMPLATES) if called else ("",)
 
 

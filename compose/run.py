@@ -257,8 +257,13 @@ class Method:
 
     def survey(
         self, base: Base, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_step: OnLayer | None = None
-    ) -> None:
-        """Called before :meth:`fuse`, with the base as it is: what merging needs to know of it is measured here."""
+    ) -> Sequence[str]:
+        """Called before :meth:`fuse`, with the base as it is: what merging needs to know of it is measured here.
+
+        Returns:
+            Notes for people.
+        """
+        return ()
 
     def fuse(
         self, adapters: Sequence[Adapter], layers: Mapping[str, Layer], on_layer: OnLayer | None = None

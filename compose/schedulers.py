@@ -51,6 +51,14 @@ class _Seeded:
         return super().step(out, timestep, sample, return_dict)  # type: ignore[misc]
 
 
+class _FromHere:
+    """Goes before ``LMSDiscreteScheduler``, which counts on the derivatives of all steps before: a run that starts in the
+    middle of its schedule has none."""
+
+    def step(self: Any, out: Tensor, timestep: Tensor, sample: Tensor, order: int = 4, return_dict: bool = True) -> Any:
+        return super().step(out, timestep, sample, min(len(self.derivatives) + 1, order), return_dict)  # type: ignore[misc]
+
+
 def _multistep(title: str, **settings: Any) -> Sampler:
     return Sampler(module="scheduling_dpmsolver_multistep", cls="DPMSolverMultistepScheduler", title=title, settings=settings)
 
@@ -94,7 +102,7 @@ OPTIONAL: Mapping[str, Sampler] = {
     "dpm_sde": replace(
         _plain("dpmsolver_sde", "DPMSolverSDE", "DPM SDE"), mixin=_Seeded, package="torchsde", instead="dpmpp_sde"
     ),
-    "lms": replace(_plain("lms_discrete", "LMSDiscrete", "LMS"), package="scipy", instead="euler"),
+    "lms": replace(_plain("lms_discrete", "LMSDiscrete", "LMS"), mixin=_FromHere, package="scipy", instead="euler"),
 }
 """Samplers that need a package which this project does not; all of them know every schedule."""
 

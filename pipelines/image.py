@@ -35,7 +35,8 @@ from pipelines.progress import Bar
 from pipelines.records import Made
 from studio.base import Base, load_base
 from studio.embeddings import load_embeddings
-from studio.errors import CancelledError
+from studio.errors import CancelledError, OutOfMemoryError
+from studio.hashes import auto_v3
 from studio.media import encode, save_png
 from studio.requests import MAX_SEED, GenerateRequest, Sampling, as_request
 
@@ -134,7 +135,16 @@ def generate(
     started = time.perf_counter()
     figures: list[Figure] | None = None if explain is None else []
     watch = Watch(progress, on_step, cancelled)
-    made = Made(base=base, request=full, sampling=sampling, adapters=adapters, embeddings=embeddings, seeds=seeds, notes=notes)
+    made = Made(
+        base=base,
+        request=full,
+        sampling=sampling,
+        adapters=adapters,
+        short=[auto_v3(a.lora.source) if a.lora.source else "" for a in adapters],
+        embeddings=embeddings,
+        seeds=seeds,
+        notes=notes,
+    )
     images: list[Image] = []
     said: list[str] = []
 
@@ -152,7 +162,7 @@ def generate(
             first=first,
         )
 
-    with LoraBank.on(base, adapters, fuse=_merging(base, prepared.method, watch)) as bank:
+    with LoraBank.on(base, adapters, fuse=_merging(base, prepared.method, watch, notes)) as bank:
         notes += bank.notes
         work = _Work(
             base=base,
@@ -191,12 +201,19 @@ class _Work:
     figures: list[Figure] | None
 
 
-def _merging(base: Base, method: Method, watch: Watch) -> Fuse:
-    """The method's own merging of weights, with bars, and stopped when the user cancels."""
+def _merging(base: Base, method: Method, watch: Watch, notes: list[str]) -> Fuse:
+    """The method's own merging of weights, with bars, and stopped when the user cancels; ``notes`` are added to."""
 
     def fuse(adapters: Sequence[Adapter], layers: Mapping[str, Layer]) -> Sequence[Adapter]:
         with Bar("looking at layers", 1, watch.progress) as bar:
-            method.survey(base, adapters, layers, partial(_advanced, bar, watch))
+            try:
+                notes.extend(method.survey(base, adapters, layers, partial(_advanced, bar, watch)))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(
+                    f"memory ran out while each LoRA drew alone, which this way of merging needs ({error}): take another 'how'"
+                ) from error
         with Bar("merging weights", 1, watch.progress) as bar:
             return method.fuse(adapters, layers, partial(_advanced, bar, watch))
 

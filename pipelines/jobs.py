@@ -22,7 +22,6 @@ from studio.media import read_carried
 from studio.requests import MAX_SEED, GenerateRequest, Request
 
 if TYPE_CHECKING:
-    from pipelines.image import GenerateResult
     from studio.base import Base
     from studio.lora.model import Lora
 
@@ -145,30 +144,25 @@ class GenerateJob(Job):
 
         machine = self.machine
         done = 0.0
-        files: list[Path] = []
 
         def stepped(event: Any) -> None:
             nonlocal done
             done += len(event.latents) / event.step.count
             reach(min(done, self.request.count))
 
-        def save(part: GenerateResult) -> None:
-            for record in part.sidecars:
-                record[MARK] = mark
-            files.extend(part.save(folder / f"{name}.png"))
-
         result = generate(
             self.request,
             progress=False,
             on_step=stepped,
-            on_round=save,
             lora_dirs=machine.lora_dirs,
             device=machine.device,
             dtype=machine.dtype,
             memory=machine.memory,
         )
+        for record in result.sidecars:
+            record[MARK] = mark
         facts = {"seeds": result.seeds, "seconds": round(result.seconds, 3), "notes": result.notes}
-        return Written(files=files, facts=facts)
+        return Written(files=result.save(folder / f"{name}.png"), facts=facts)
 
     def marked(self, file: Path) -> str:
         try:

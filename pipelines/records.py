@@ -13,7 +13,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 import studio
 from compose.schedulers import sampler_named
 from studio.errors import FileError
-from studio.hashes import MODEL_DIGITS, auto_v3, sha256_of
+from studio.hashes import MODEL_DIGITS, sha256_of
 from studio.infotext import write
 from studio.requests import place_of
 
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """Everything pictures were made with. ``request`` has nothing left open; ``seeds`` are its own from number ``first`` on."""
+    """Everything pictures were made with. ``request`` has nothing left open; ``seeds`` are its own from number ``first`` on.
+
+    ``short``: of each LoRA the hash other programs know it by (:func:`~studio.hashes.auto_v3`); "" without a file.
+    """
 
     base: Base
     request: GenerateRequest
     sampling: Sampling
     adapters: list[Adapter]
+    short: list[str]
     embeddings: list[Embedding]
     seeds: list[int]
     notes: list[str]
@@ -39,11 +43,10 @@ class Made:
 
     def records(self) -> tuple[list[dict[str, Any]], list[str]]:
         """For each picture its record and its A1111 text."""
-        short = [auto_v3(a.lora.source) if a.lora.source else "" for a in self.adapters]
         indices = range(len(self.seeds))
-        return [self._record(index, short) for index in indices], [self._infotext(index, short) for index in indices]
+        return [self._record(index) for index in indices], [self._infotext(index) for index in indices]
 
-    def _record(self, index: int, short: list[str]) -> dict[str, Any]:
+    def _record(self, index: int) -> dict[str, Any]:
         base = self.base
         record: dict[str, Any] = {
             "studio": studio.__version__,
@@ -52,7 +55,7 @@ class Made:
             "base": {"name": base.name, "family": base.family.name, "sha256": base.sha256},
             "loras": [
                 {"name": a.name, "weight": a.weight, "sha256": a.lora.sha256, "autov3": digest}
-                for a, digest in zip(self.adapters, short, strict=True)
+                for a, digest in zip(self.adapters, self.short, strict=True)
             ],
             "made_with": made_with(base),
             "notes": list(self.notes),
@@ -67,7 +70,7 @@ class Made:
             record["embeddings"] = [{"name": e.name, "sha256": e.sha256} for e in self.embeddings]
         return record
 
-    def _infotext(self, index: int, short: list[str]) -> str:
+    def _infotext(self, index: int) -> str:
         base, request, sampling = self.base, self.request, self.sampling
         settings: dict[str, object] = {
             "Steps": sampling.steps,
@@ -87,7 +90,7 @@ class Made:
         if request.method != "merge":
             settings["Method"] = request.method
         settings["Version"] = f"studio {studio.__version__}"
-        loras = [(a.names[1], a.weight, digest) for a, digest in zip(self.adapters, short, strict=True)]
+        loras = [(a.names[1], a.weight, digest) for a, digest in zip(self.adapters, self.short, strict=True)]
         embeddings = [(e.name, e.sha256[:12]) for e in self.embeddings]
         return write(request.prompt, request.negative, loras, settings, embeddings)
 

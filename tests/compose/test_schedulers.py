@@ -140,3 +140,15 @@ def test_a_sampler_that_cannot_read_pictures_is_refused(base: Base, name: str) -
         make_scheduler(name, like)
     assert make_scheduler("ddim", like).config["prediction_type"] == "sample"
     assert make_scheduler(name, base.scheduler)
+
+
+def test_lms_that_starts_in_the_middle_goes_where_a_perfect_model_leads(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    scheduler: Any = make_scheduler("lms", base.scheduler)
+    scheduler.set_timesteps(20)
+    scheduler.set_begin_index(8)
+    noise = torch.ones(1, 1, 1, 1)
+    x = scheduler.sigmas[8] * noise
+    for index in range(8, 20):
+        x = scheduler.step(noise, scheduler.timesteps[index], x, return_dict=False)[0]
+        torch.testing.assert_close(x, scheduler.sigmas[index + 1] * noise, atol=1e-4, rtol=1e-4)

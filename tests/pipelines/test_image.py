@@ -364,9 +364,13 @@ def test_merges_that_look_first(quick: dict[str, Any], tmp_path: Path, make_lora
     both = generate("a cat", **quick, loras=loras)
     fitted = generate("a cat", **quick, loras=loras, options={"how": how})
     assert abs(pixels(fitted.images[0]) - pixels(both.images[0])).max() > 2
-    assert rerun(fitted.save(tmp_path / "x.png")[0]).notes == []
+    assert [f"how='{how}' saw it without a prompt" in note for note in fitted.notes] == [True, True]
+    assert rerun(fitted.save(tmp_path / "x.png")[0]).notes == fitted.notes
     alone = generate("a cat", **quick, loras=loras[:1], options={"how": how})
     assert abs(pixels(alone.images[0]) - pixels(generate("a cat", **quick, loras=loras[:1]).images[0])).max() <= 1
+    assert alone.notes == []
+    within = {"method": "attend", "options": {"inner": {"how": how}, "words": "cat", "until": 0}}
+    assert np.array_equal(pixels(generate("a cat", **quick, loras=loras, **within).images[0]), pixels(fitted.images[0]))
     calls = 0
 
     def cancelled() -> bool:
