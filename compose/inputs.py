@@ -50,17 +50,15 @@ def moments(
 
     Args:
         adapters: with a weight each; it acts while they draw. layers: of the models, by the names LoRAs use.
-        on_step: hears of how many steps are done, and of how many in all; it may raise to stop.
+        on_step: hears of how many steps of all prompts are done, and of how many in all; it may raise to stop.
 
     Raises:
         OutOfMemoryError: main memory would not hold them.
     """
     touched = {name for adapter in adapters for name in adapter.lora.layers}
     heard = {name: layer for name, layer in layers.items() if name in touched and reads_tokens(layer)}
-    need, free = (
-        4 * len(adapters) * sum(layer.weight.shape[1] ** 2 for layer in heard.values()),
-        free_bytes(torch.device("cpu")),
-    )
+    need = 4 * len(adapters) * sum(layer.weight.shape[1] ** 2 for layer in heard.values())
+    free = free_bytes(torch.device("cpu"))
     if free is not None and need > free:
         raise OutOfMemoryError(
             f"what flows into the layers of {len(adapters)} LoRAs takes {need / 1e9:.1f} GB of main memory, and "
@@ -68,11 +66,11 @@ def moments(
         )
     found = {name: torch.zeros(len(adapters), *(layer.weight.shape[1],) * 2) for name, layer in heard.items()}
     told = [prompts_for(adapter) for adapter in adapters]
-    total, done = steps * sum(-(-len(prompts) // base.family.batch) for prompts in told), 0
+    total, done = steps * sum(map(len, told)), 0
 
     def stepped(event: Event) -> None:
         nonlocal done
-        done += 1
+        done += len(event.latents)
         if on_step is not None:
             on_step(done, total)
 
@@ -82,21 +80,28 @@ def moments(
         with LoraBank.on(base, [adapter]) as bank, _hearing(heard, own, counts):
             for _ in solos(base, bank, constant([1.0]), prompts, (SEED,), steps, on_step=stepped):
                 pass
-        for name, total_of in own.items():
-            total_of /= max(counts[name], 1)
+        for name, moment in own.items():
+            moment /= max(counts[name], 1)
     return found
 
 
 @contextmanager
 def _hearing(layers: Mapping[str, Layer], sums: Mapping[str, Tensor], counts: Counter[str]) -> Iterator[None]:
-    """Add the second moments of what goes into ``layers`` to ``sums`` meanwhile, and how many tokens they are to ``counts``."""
+    """Add the second moments of what goes into ``layers`` to ``sums`` meanwhile, and how many tokens they are to ``counts``.
+
+    Queries, keys and values read the same tensor one after the other: its moments are computed once.
+    """
+    last: tuple[Tensor, Tensor] | None = None
 
     def listen(name: str) -> Callable[..., None]:
         def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            rows = (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2).float()
-            sums[name].add_((rows.T @ rows).cpu())
-            counts[name] += len(rows)
+            nonlocal last
+            x = args[0]
+            if last is None or last[0] is not x:
+                rows = (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).detach().flatten(0, -2).float()
+                last = x, (rows.T @ rows).cpu()
+            sums[name].add_(last[1])
+            counts[name] += x.numel() // len(last[1])
 
         return add
 

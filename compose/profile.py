@@ -13,7 +13,7 @@ at a fixed ring, which a 64 x 64 latent does not reach; here the ring follows fr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,7 +139,8 @@ def measure(
     told = tuple(prompts_for(adapter) if prompts is None else prompts)
     alone = [1 / adapter.weight if k == index else 0.0 for k in range(len(bank.adapters))]
     with_it, without = (
-        _curve(base, bank, constant(route), told, seeds, steps, cancelled) for route in (alone, [0.0] * len(bank.adapters))
+        _curve(solos(base, bank, constant(route), told, seeds, steps, cancelled=cancelled))
+        for route in (alone, [0.0] * len(bank.adapters))
     )
     curve = (with_it - without).tolist()
     early = curve[: max(1, round(EARLY * len(curve)))]
@@ -192,21 +193,13 @@ def solos(
             yield solo
 
 
-def _curve(
-    base: Base,
-    bank: LoraBank,
-    route: Tensor,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    steps: int,
-    cancelled: Callable[[], bool] | None,
-) -> Tensor:
-    """Mean ``H`` after every step."""
-    totals = [
-        torch.tensor([sum(high_frequency(x) for x in state) for state in solo.seen])
-        for solo in solos(base, bank, route, prompts, seeds, steps, cancelled=cancelled)
-    ]
-    return torch.stack(totals).sum(0) / (len(prompts) * len(seeds))
+def _curve(runs: Iterable[Solo]) -> Tensor:
+    """Mean ``H`` after every step, over all rows of all runs."""
+    totals, rows = [], 0
+    for solo in runs:
+        totals.append(torch.tensor([sum(high_frequency(x) for x in state) for state in solo.seen]))
+        rows += len(solo.seen[0])
+    return torch.stack(totals).sum(0) / rows
 
 
 def places(adapter: Adapter, base: Base) -> list[Path]:

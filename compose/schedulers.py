@@ -173,7 +173,8 @@ _SAME_SCHEDULE = {"simple": "sgm_uniform", "normal": "", "uniform": "", "ddim_un
 
 # What a latent diffusion schedule needs and some classes default otherwise; used only where the base's own file is silent.
 LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "thresholding": False}
-_NO_PICTURES = frozenset({"dpm2", "dpm2_a", "dpm_sde", "euler_a", "pndm"})
+# Classes that cannot read the output of a model that predicts the picture itself.
+_NO_PICTURES = frozenset(KNOWN[name].cls for name in ("dpm2", "dpm2_a", "dpm_sde", "euler_a", "pndm"))
 # What makes one sampler of another: a base's file may hold it for its own, but it is the request's to choose.
 CHOOSING = frozenset({
     "algorithm_type", "corrector_order", "euler_at_final", "final_sigmas_type", "lower_order_final", "predictor_order",
@@ -237,8 +238,7 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
         UnknownNameError, MissingDependencyError: see :func:`sampler_name`.
     """
     sampler = sampler_named(name)
-    plain = sampler_name(name).removesuffix("_karras").removesuffix("_exponential").removesuffix("_sgm_uniform")
-    if like.config.get("prediction_type") == "sample" and plain in _NO_PICTURES:
+    if like.config.get("prediction_type") == "sample" and sampler.cls in _NO_PICTURES:
         raise RequestError(f"this base predicts the picture itself, which the sampler '{name}' cannot read: choose 'ddim'")
     cls = getattr(import_module(f"diffusers.schedulers.{sampler.module}"), sampler.cls)
     if sampler.mixin is not None:

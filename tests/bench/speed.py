@@ -207,12 +207,8 @@ def measure(shape: str, stage: Stage, repeats: int) -> list[Line]:
 def lines_of(shape: str, seconds: Mapping[str, Sequence[float]], course: Course) -> list[Line]:
     """Ratios against their bars. ``course``: what CMLoRA computes in a run."""
     batched = ratio(seconds, "set_scale", "composite")
-    cached = Ratio.of(
-        [
-            took / course.seconds(alone, together)
-            for took, alone, together in zip(seconds["cmlora"], seconds["alone"], seconds["composite"], strict=True)
-        ]
-    )
+    predicted = [course.seconds(*both) for both in zip(seconds["alone"], seconds["composite"], strict=True)]
+    cached = ratio({**seconds, "predicted": predicted}, "cmlora", "predicted")
     routed = ratio(seconds, "sum", "merged")
     bar = "<= 1.25" if shape == "sd15" else ""
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -170,15 +171,21 @@ def test_moments_are_those_of_what_flows_in_while_each_draws_alone(base: Base, m
     found = moments(base, adapters, layers, steps=2, on_step=lambda done, total: heard.append((done, total)))
     assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert not any("conv1" in name for name in found)
-    name = next(name for name in found if name.endswith("ff.net.2"))
-    seen: list[Tensor] = []
-    with LoraBank.on(base, adapters[:1]) as bank:
-        hook = layers[name].register_forward_pre_hook(lambda layer, args: seen.append(args[0].flatten(0, 1)))
+    read = [
+        next(name for name in found if name.endswith(end)) for end in ("ff.net.2", "attn2.to_q", "attn2.to_k", "attn2.to_v")
+    ]
+    seen: dict[str, list[Tensor]] = {name: [] for name in read}
+    with LoraBank.on(base, adapters[:1]) as bank, ExitStack() as stack:
+        for name in read:
+            hook = layers[name].register_forward_pre_hook(
+                lambda layer, args, name=name: seen[name].append(args[0].flatten(0, 1))
+            )
+            stack.callback(hook.remove)
         list(solos(base, bank, constant([1.0]), prompts_for(adapters[0]), (0,), 2))
-        hook.remove()
-    x = torch.cat(seen)
-    assert found[name].shape == (2, x.shape[1], x.shape[1])
-    torch.testing.assert_close(found[name][0], x.T @ x / len(x), atol=1e-4, rtol=1e-3)
+    for name in read:
+        x = torch.cat(seen[name])
+        assert found[name].shape == (2, x.shape[1], x.shape[1])
+        torch.testing.assert_close(found[name][0], x.T @ x / len(x), atol=1e-4, rtol=1e-3)
     assert not any(m._forward_pre_hooks for m in layers.values())
 
 
